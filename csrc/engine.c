@@ -1,0 +1,457 @@
+/* The driver: passes over all arrays of a plan, cut into one contiguous part per thread. */
+#include "kernels.h"
+
+#include <math.h>
+#include <stdint.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* ---- Tiles: operands as contiguous runs of the compute type --------------------------------------------------------- */
+
+enum { FS_MAX_DIMS = 64 };    /* NumPy's limit */
+
+/* Room for one block of every operand. */
+typedef struct { _Alignas(64) double run[2 + FS_MAX_STATES][FS_BLOCK]; } fs_tile;
+
+static bool lies_as_run(const fs_view *view, fs_dtype real)
+{
+    return view->contiguous && view->dtype == real;
+}
+
+/* Copy elements [start, start + count) of a view to a run (storing = false) or back. */
+static void transfer(const fs_kernels *k, const fs_view *view, size_t start, size_t count, char *run, size_t real_size,
+                     bool storing)
+{
+    const size_t item = fs_dtype_size(view->dtype);
+    if (view->contiguous) {
+        char *data = view->data + start * item;
+        if (storing)
+            k->store[view->dtype](count, run, data, (ptrdiff_t)item);
+        else
+            k->load[view->dtype](count, run, data, (ptrdiff_t)item);
+        return;
+    }
+    const int last = view->n_dims - 1;
+    const fs_dim *dims = view->dims;
+    size_t index[FS_MAX_DIMS];
+    char *data = view->data;
+    for (int d = last; d >= 0; d--) {
+        index[d] = start % dims[d].size;
+        start /= dims[d].size;
+        data += (ptrdiff_t)index[d] * dims[d].stride;
+    }
+    while (count > 0) {
+        const size_t left = dims[last].size - index[last], n = left < count ? left : count;
+        if (storing)
+            k->store[view->dtype](n, run, data, dims[last].stride);
+        else
+            k->load[view->dtype](n, run, data, dims[last].stride);
+        run += n * real_size;
+        count -= n;
+        index[last] += n;
+        data += (ptrdiff_t)n * dims[last].stride;
+        for (int d = last; d > 0 && index[d] == dims[d].size; d--) {
+            data += dims[d - 1].stride - (ptrdiff_t)dims[d].size * dims[d].stride;
+            index[d] = 0;
+            index[d - 1]++;
+        }
+    }
+}
+
+/* ---- Passes --------------------------------------------------------------------------------------------------------- */
+
+typedef struct fs_pass {
+    fs_plan *plan;
+    const fs_options *options;
+    const fs_kernels *kernels[2];    /* by compute type */
+    /* Work on elements [start, end) of an array; start is a multiple of FS_BLOCK. */
+    void (*work)(const struct fs_pass *pass, size_t array, size_t start, size_t end, fs_tile *tile);
+} fs_pass;
+
+static fs_pass make_pass(fs_plan *plan, const fs_options *options)
+{
+    const fs_level level = fs_level_current();
+    return (fs_pass){.plan = plan, .options = options,
+                     .kernels = {fs_kernels_of(level, FS_FLOAT32), fs_kernels_of(level, FS_FLOAT64)}};
+}
+
+static size_t real_size(const fs_array *array)
+{
+    return fs_dtype_size(array->real);
+}
+
+/* Where part `part` of `n_parts` equal parts begins, rounded down to a block of its array. */
+static void find_cut(const fs_plan *plan, size_t part, size_t n_parts, size_t *array, size_t *start)
+{
+    *array = plan->n_arrays;
+    *start = 0;
+    if (part == n_parts)
+        return;
+    const size_t element = plan->n_elements / n_parts * part + plan->n_elements % n_parts * part / n_parts;
+    size_t low = 0, high = plan->n_arrays;    /* first_element[low] <= element < first_element[high] */
+    while (high - low > 1) {
+        const size_t middle = low + (high - low) / 2;
+        if (plan->first_element[middle] <= element)
+            low = middle;
+        else
+            high = middle;
+    }
+    *array = low;
+    *start = (element - plan->first_element[low]) / FS_BLOCK * FS_BLOCK;
+}
+
+static void run_part(const fs_pass *pass, size_t part, size_t n_parts)
+{
+    fs_tile tile;
+    size_t array, start, last_array, last_end;
+    find_cut(pass->plan, part, n_parts, &array, &start);
+    find_cut(pass->plan, part + 1, n_parts, &last_array, &last_end);
+    for (; array < last_array; array++, start = 0)
+        if (start < pass->plan->arrays[array].size)
+            pass->work(pass, array, start, pass->plan->arrays[array].size, &tile);
+    if (start < last_end)
+        pass->work(pass, array, start, last_end, &tile);
+}
+
+static void run_pass(const fs_pass *pass)
+{
+    if (pass->plan->n_elements == 0)
+        return;
+#ifdef _OPENMP
+    const int n_threads = fs_threads_for(pass->plan->n_elements, pass->options->n_threads);
+    if (n_threads > 1) {
+        /* The team may be smaller than asked for, e.g. inside another parallel region. */
+#pragma omp parallel num_threads(n_threads)
+        run_part(pass, (size_t)omp_get_thread_num(), (size_t)omp_get_num_threads());
+        return;
+    }
+#endif
+    run_part(pass, 0, 1);
+}
+
+/* ---- The norm pass -------------------------------------------------------------------------------------------------- */
+
+/* The gradient as the norm sees it: in the compute type, unscaled, on demand with its non-finite elements zeroed. */
+static const void *load_gradient(const fs_pass *pass, const fs_array *array, size_t start, size_t count, bool zero,
+                                 void *run)
+{
+    const fs_kernels *k = pass->kernels[array->real];
+    transfer(k, &array->grad, start, count, run, real_size(array), false);
+    k->unscale(count, run, pass->options->grad_scale, zero);
+    return run;
+}
+
+static bool gradient_needs_loading(const fs_pass *pass, const fs_array *array)
+{
+    return !lies_as_run(&array->grad, array->real) || pass->options->grad_scale != 1.0;
+}
+
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+
+static void sum_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
+{
+    const fs_array *array = &pass->plan->arrays[i];
+    const fs_kernels *k = pass->kernels[array->real];
+    double *sums = pass->plan->block_sums + pass->plan->first_block[i] + start / FS_BLOCK;
+    if (!gradient_needs_loading(pass, array)) {
+        k->sum_squares(end - start, array->grad.data + start * real_size(array), 1.0, sums);
+        return;
+    }
+    for (; start < end; start += FS_BLOCK) {
+        const size_t count = min_size(end - start, FS_BLOCK);
+        k->sum_squares(count, load_gradient(pass, array, start, count, false, tile->run[0]), 1.0, sums++);
+    }
+}
+
+/* Sum in a binary tree over neighbours, as if filled up with zeros. Overwrites the values. */
+static double pairwise_sum(double *values, size_t n)
+{
+    if (n == 0)
+        return 0.0;
+    for (; n > 1; n = (n + 1) / 2) {
+        for (size_t i = 0; i < n / 2; i++)
+            values[i] = values[2 * i] + values[2 * i + 1];
+        if (n % 2)
+            values[n / 2] = values[n - 1];
+    }
+    return values[0];
+}
+
+/* Squares of finite doubles may overflow or vanish. The plain sum is taken when it is surely good; beyond that the array
+ * is summed again, scaled by a power of two. The decision depends on the values alone. */
+static const double BIG_SUM = 0x1p1000, SMALL_SUM = 0x1p-900;
+enum { RESCUE_EXPONENT = 600 };
+
+static double scaled_sum(const fs_pass *pass, size_t i, bool zero, double scale, fs_tile *tile)
+{
+    fs_plan *plan = pass->plan;
+    const fs_array *array = &plan->arrays[i];
+    double *sums = plan->block_sums + plan->first_block[i];
+    for (size_t start = 0; start < array->size; start += FS_BLOCK) {
+        const size_t count = min_size(array->size - start, FS_BLOCK);
+        const void *grad = load_gradient(pass, array, start, count, zero, tile->run[0]);
+        pass->kernels[array->real]->sum_squares(count, grad, scale, &sums[start / FS_BLOCK]);
+    }
+    return pairwise_sum(sums, plan->first_block[i + 1] - plan->first_block[i]);
+}
+
+static void count_nonfinite(const fs_pass *pass, const fs_array *array, size_t *n_nan, size_t *n_inf, fs_tile *tile)
+{
+    for (size_t start = 0; start < array->size; start += FS_BLOCK) {
+        const size_t count = min_size(array->size - start, FS_BLOCK);
+        const void *grad = load_gradient(pass, array, start, count, false, tile->run[0]);
+        pass->kernels[array->real]->count_nonfinite(count, grad, n_nan, n_inf);
+    }
+}
+
+static void finish_array_sum(const fs_pass *pass, size_t i)
+{
+    fs_plan *plan = pass->plan;
+    fs_array *array = &plan->arrays[i];
+    double *sums = plan->block_sums + plan->first_block[i];
+    array->sum_squares = pairwise_sum(sums, plan->first_block[i + 1] - plan->first_block[i]);
+    array->exponent = 0;
+    array->n_nonfinite = 0;
+    if (array->real == FS_FLOAT32 ? isfinite(array->sum_squares)
+                                  : array->sum_squares >= SMALL_SUM && array->sum_squares <= BIG_SUM)
+        return;
+
+    fs_tile tile;
+    size_t n_nan = 0, n_inf = 0;
+    count_nonfinite(pass, array, &n_nan, &n_inf, &tile);
+    array->n_nonfinite = n_nan + n_inf;
+    const bool zero = pass->options->nonfinite == FS_NONFINITE_ZERO;
+    if (array->n_nonfinite > 0 && !zero) {
+        array->sum_squares = n_nan > 0 ? NAN : INFINITY;
+        return;
+    }
+    array->sum_squares = scaled_sum(pass, i, zero, 1.0, &tile);
+    if (array->real == FS_FLOAT32)
+        return;
+    if (array->sum_squares > BIG_SUM)
+        array->exponent = RESCUE_EXPONENT;
+    else if (array->sum_squares < SMALL_SUM)
+        array->exponent = -RESCUE_EXPONENT;
+    if (array->exponent != 0)
+        array->sum_squares = scaled_sum(pass, i, zero, ldexp(1.0, -array->exponent), &tile);
+}
+
+/* min(1, max_norm / (norm + 1e-6)) for norm = root * 2^exponent, which alone may be too large for a double. */
+static double clip_factor(double root, int exponent, double max_norm)
+{
+    if (max_norm == INFINITY)
+        return 1.0;
+    const double norm = ldexp(root, exponent);
+    const double factor = isinf(norm) && isfinite(root) ? ldexp(max_norm / root, -exponent)
+                                                        : max_norm / (norm + 1e-6);
+    return factor >= 1.0 ? 1.0 : factor;
+}
+
+/* The norm over all arrays, each first scaled by its clip_factor, as *root * 2^*exponent. */
+static void combine_arrays(fs_plan *plan, double *root, int *exponent)
+{
+    bool any = false;
+    *exponent = 0;
+    for (size_t i = 0; i < plan->n_arrays; i++) {
+        const fs_array *array = &plan->arrays[i];
+        if (array->sum_squares > 0 && (!any || array->exponent > *exponent)) {
+            *exponent = array->exponent;
+            any = true;
+        }
+    }
+    for (size_t i = 0; i < plan->n_arrays; i++) {
+        const fs_array *array = &plan->arrays[i];
+        const double squares = array->sum_squares * (array->clip_factor * array->clip_factor);
+        plan->array_sums[i] = ldexp(squares, 2 * (array->exponent - *exponent));
+    }
+    *root = sqrt(pairwise_sum(plan->array_sums, plan->n_arrays));
+}
+
+/* Norms and clip factors of all arrays. Returns whether every gradient is finite. */
+static bool norm_pass(fs_pass *pass, fs_report *report)
+{
+    fs_plan *plan = pass->plan;
+    double root;
+    int exponent;
+    bool finite = true, clips_arrays = false;
+    pass->work = sum_work;
+    run_pass(pass);
+    for (size_t i = 0; i < plan->n_arrays; i++) {
+        finish_array_sum(pass, i);
+        plan->arrays[i].clip_factor = 1.0;
+        finite = finite && plan->arrays[i].n_nonfinite == 0;
+    }
+    combine_arrays(plan, &root, &exponent);
+    report->has_norm = true;
+    report->grad_norm = ldexp(root, exponent);
+
+    for (size_t i = 0; i < plan->n_arrays; i++) {
+        fs_array *array = &plan->arrays[i];
+        const double max_norm = plan->groups[array->group].clip_norm_per_array;
+        if (max_norm < INFINITY) {
+            array->clip_factor = clip_factor(sqrt(array->sum_squares), array->exponent, max_norm);
+            clips_arrays = true;
+        }
+    }
+    if (pass->options->clip_norm < INFINITY) {
+        if (clips_arrays)
+            combine_arrays(plan, &root, &exponent);
+        const double factor = clip_factor(root, exponent, pass->options->clip_norm);
+        for (size_t i = 0; i < plan->n_arrays; i++)
+            plan->arrays[i].clip_factor *= factor;
+    }
+    report->clip_factor = 1.0;
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        if (plan->arrays[i].clip_factor < report->clip_factor || isnan(plan->arrays[i].clip_factor))
+            report->clip_factor = plan->arrays[i].clip_factor;
+    return finite;
+}
+
+static bool norm_is_needed(const fs_plan *plan, const fs_options *options)
+{
+    if (options->nonfinite != FS_NONFINITE_PROPAGATE || options->clip_norm < INFINITY)
+        return true;
+    for (size_t i = 0; i < plan->n_groups; i++)
+        if (plan->groups[i].clip_norm_per_array < INFINITY)
+            return true;
+    return false;
+}
+
+/* The norm pass if anything needs it. Returns whether the gradients may be used. */
+static bool measure(fs_pass *pass, fs_report *report)
+{
+    fs_plan *plan = pass->plan;
+    *report = (fs_report){.clip_factor = 1.0};
+    if (norm_is_needed(plan, pass->options)) {
+        const bool finite = norm_pass(pass, report);
+        if (!finite && pass->options->nonfinite == FS_NONFINITE_STOP)
+            return false;
+    } else {
+        for (size_t i = 0; i < plan->n_arrays; i++) {
+            plan->arrays[i].clip_factor = 1.0;
+            plan->arrays[i].n_nonfinite = 0;
+        }
+    }
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        plan->arrays[i].clip_factor *= pass->options->clip_factor;
+    return true;
+}
+
+/* ---- The update pass ------------------------------------------------------------------------------------------------ */
+
+static fs_stages stages_of(const fs_group *group, const fs_array *array)
+{
+    return (fs_stages){
+        .negate = group->maximize,
+        .factor = array->clip_factor,
+        .clip_value = group->clip_value,
+        .weight_decay = group->decoupled_weight_decay ? 0.0 : group->weight_decay,
+        .l1 = group->l1,
+    };
+}
+
+static bool has_stages(const fs_stages *s)
+{
+    return s->negate || s->factor != 1.0 || s->clip_value < INFINITY || s->weight_decay != 0.0 || s->l1 != 0.0;
+}
+
+/* One operand of the rule: where it lies if that is a run, else loaded into `run`. */
+static void *bring(const fs_kernels *k, const fs_array *array, const fs_view *view, size_t start, size_t count, void *run)
+{
+    if (lies_as_run(view, array->real))
+        return view->data + start * real_size(array);
+    transfer(k, view, start, count, run, real_size(array), false);
+    return run;
+}
+
+static void take_back(const fs_kernels *k, const fs_array *array, const fs_view *view, size_t start, size_t count,
+                      void *run)
+{
+    if (!lies_as_run(view, array->real))
+        transfer(k, view, start, count, run, real_size(array), true);
+}
+
+static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
+{
+    const fs_array *array = &pass->plan->arrays[i];
+    const fs_group *group = &pass->plan->groups[array->group];
+    const fs_kernels *k = pass->kernels[array->real];
+    const fs_stages stages = stages_of(group, array);
+    const bool zero = pass->options->nonfinite == FS_NONFINITE_ZERO && array->n_nonfinite > 0;
+    const bool load_grad = gradient_needs_loading(pass, array) || has_stages(&stages) || zero;
+    const int n_states = fs_rule_states(group->rule);
+
+    bool all_lie_as_runs = !load_grad && lies_as_run(&array->param, array->real);
+    for (int s = 0; s < n_states; s++)
+        all_lie_as_runs = all_lie_as_runs && lies_as_run(&array->state[s], array->real);
+    const size_t stride = all_lie_as_runs ? end - start : FS_BLOCK;
+
+    for (; start < end; start += stride) {
+        const size_t count = min_size(end - start, stride);
+        void *param = bring(k, array, &array->param, start, count, tile->run[0]);
+        void *state[FS_MAX_STATES];
+        for (int s = 0; s < n_states; s++)
+            state[s] = bring(k, array, &array->state[s], start, count, tile->run[2 + s]);
+        const void *grad = array->grad.data + start * real_size(array);
+        if (load_grad) {
+            grad = load_gradient(pass, array, start, count, zero, tile->run[1]);
+            k->apply_stages(count, tile->run[1], param, &stages);
+        }
+        k->rule[group->rule](count, param, grad, state, group->decay, group->coefs);
+        take_back(k, array, &array->param, start, count, param);
+        for (int s = 0; s < n_states; s++)
+            take_back(k, array, &array->state[s], start, count, state[s]);
+    }
+}
+
+void fs_step(fs_plan *plan, const fs_options *options, fs_report *report)
+{
+    fs_pass pass = make_pass(plan, options);
+    if (!measure(&pass, report))
+        return;
+    plan->step += 1.0;
+    for (size_t i = 0; i < plan->n_groups; i++) {
+        fs_group *group = &plan->groups[i];
+        fs_rule_prepare(group->rule, group->hyper, plan->step, group->coefs);
+        group->decay = group->decoupled_weight_decay ? 1.0 - group->hyper[0] * group->weight_decay : 1.0;
+    }
+    pass.work = update_work;
+    run_pass(&pass);
+    report->applied = true;
+}
+
+/* ---- Gradients alone ------------------------------------------------------------------------------------------------ */
+
+void fs_norm(fs_plan *plan, const fs_options *options, fs_report *report)
+{
+    fs_pass pass = make_pass(plan, options);
+    *report = (fs_report){.clip_factor = 1.0};
+    norm_pass(&pass, report);
+}
+
+static void clip_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
+{
+    const fs_array *array = &pass->plan->arrays[i];
+    const fs_kernels *k = pass->kernels[array->real];
+    const fs_stages stages = stages_of(&pass->plan->groups[array->group], array);
+    if (!has_stages(&stages))
+        return;
+    for (; start < end; start += FS_BLOCK) {
+        const size_t count = min_size(end - start, FS_BLOCK);
+        void *grad = bring(k, array, &array->grad, start, count, tile->run[0]);
+        k->apply_stages(count, grad, NULL, &stages);
+        take_back(k, array, &array->grad, start, count, grad);
+    }
+}
+
+void fs_clip(fs_plan *plan, const fs_options *options, fs_report *report)
+{
+    fs_pass pass = make_pass(plan, options);
+    if (!measure(&pass, report))
+        return;
+    pass.work = clip_work;
+    run_pass(&pass);
+    report->applied = true;
+}

@@ -1,0 +1,251 @@
+#include "kernels.h"
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* ---- Storage types ------------------------------------------------------------------------------------------------
+ * Conversions without branches, so that loops over them vectorise. Equal to NumPy's and ml_dtypes' bit for bit. */
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE uint32_t float_bits(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+INLINE float float_from_bits(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+INLINE float bfloat16_to_float32(uint16_t stored)
+{
+    return float_from_bits((uint32_t)stored << 16);
+}
+
+INLINE uint16_t float32_to_bfloat16(float x)
+{
+    const uint32_t bits = float_bits(x);
+    const uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const uint32_t quiet_nan = (bits >> 16 & 0x8000) | 0x7fc0;
+    return (uint16_t)(x != x ? quiet_nan : nearest_even);
+}
+
+INLINE float float16_to_float32(uint16_t stored)
+{
+    const uint32_t magnitude = stored & 0x7fff, sign = (uint32_t)(stored & 0x8000) << 16;
+    /* Read with float32's exponent bias, 112 too low; the product mends normal and subnormal halves alike. */
+    const float scaled = float_from_bits(magnitude << 13) * 0x1p112f;
+    const uint32_t bits = magnitude >= 0x7c00 ? 0x7f800000 | magnitude << 13 : float_bits(scaled);
+    return float_from_bits(bits | sign);
+}
+
+INLINE uint16_t float32_to_float16(float x)
+{
+    const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    /* Below 2^-14 the half is a multiple of 2^-24: adding 0.5, whose last bit is 2^-24, rounds to one. */
+    const uint32_t subnormal = float_bits(float_from_bits(magnitude) + 0.5f) - 0x3f000000;
+    const uint32_t nan = 0x7e00;
+    uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
+    half = magnitude >= 0x477ff000 ? 0x7c00 : half;    /* 65520 and above round to infinity */
+    half = magnitude > 0x7f800000 ? nan : half;
+    return (uint16_t)(half | sign);
+}
+
+/* Storage to run and back. memcpy, because data may be unaligned. The constant stride lets contiguous runs vectorise. */
+#define CONVERSIONS(dtype, stored, to_real, from_real)                                                           \
+    TARGET static void FN(load_##dtype)(size_t n, void *run_, const char *data, ptrdiff_t stride)                \
+    {                                                                                                            \
+        real *restrict run = run_;                                                                               \
+        stored x;                                                                                                \
+        if (stride == sizeof x)                                                                                  \
+            for (size_t i = 0; i < n; i++) {                                                                     \
+                memcpy(&x, data + i * sizeof x, sizeof x);                                                       \
+                run[i] = (real)to_real(x);                                                                       \
+            }                                                                                                    \
+        else                                                                                                     \
+            for (size_t i = 0; i < n; i++) {                                                                     \
+                memcpy(&x, data + (ptrdiff_t)i * stride, sizeof x);                                              \
+                run[i] = (real)to_real(x);                                                                       \
+            }                                                                                                    \
+    }                                                                                                            \
+    TARGET static void FN(store_##dtype)(size_t n, const void *run_, char *data, ptrdiff_t stride)               \
+    {                                                                                                            \
+        const real *restrict run = run_;                                                                         \
+        stored x;                                                                                                \
+        if (stride == sizeof x)                                                                                  \
+            for (size_t i = 0; i < n; i++) {                                                                     \
+                x = (stored)from_real(run[i]);                                                                   \
+                memcpy(data + i * sizeof x, &x, sizeof x);                                                       \
+            }                                                                                                    \
+        else                                                                                                     \
+            for (size_t i = 0; i < n; i++) {                                                                     \
+                x = (stored)from_real(run[i]);                                                                   \
+                memcpy(data + (ptrdiff_t)i * stride, &x, sizeof x);                                              \
+            }                                                                                                    \
+    }
+
+
+/* ---- Rules -------------------------------------------------------------------------------------------------------- */
+
+#include "rules.def"    /* hyper-parameters and coefficients */
+
+#define RULE(name)   static inline __attribute__((always_inline)) void FN(name##_element)
+#define HELPER(name) static inline __attribute__((always_inline)) real FN(name)
+
+/* The loop around a rule, by its number of states. */
+#define LOOP(name, family, n_states)                                                                             \
+    TARGET static void FN(name)(size_t n, void *param_, const void *grad_, void *const *state, double decay_,    \
+                                const void *coefs_)                                                              \
+    {                                                                                                            \
+        const family##_coefs coefs = *(const family##_coefs *)coefs_;                                            \
+        const real decay = (real)decay_;                                                                         \
+        real *restrict param = param_;                                                                           \
+        const real *restrict grad = grad_;                                                                       \
+        LOOP_POINTERS_##n_states                                                                                 \
+        for (size_t i = 0; i < n; i++) {                                                                         \
+            real p = param[i] * decay;                                                                           \
+            LOOP_BODY_##n_states(FN(name##_element))                                                             \
+            param[i] = p;                                                                                        \
+        }                                                                                                        \
+    }
+
+#define LOOP_POINTERS_0 (void)state;
+#define LOOP_POINTERS_1 real *restrict state0 = state[0];
+#define LOOP_POINTERS_2 LOOP_POINTERS_1 real *restrict state1 = state[1];
+#define LOOP_POINTERS_3 LOOP_POINTERS_2 real *restrict state2 = state[2];
+
+#define LOOP_BODY_0(element) element(&p, grad[i], &coefs);
+#define LOOP_BODY_1(element)                                                                                     \
+    real a = state0[i];                                                                                          \
+    element(&p, grad[i], &a, &coefs);                                                                            \
+    state0[i] = a;
+#define LOOP_BODY_2(element)                                                                                     \
+    real a = state0[i], b = state1[i];                                                                           \
+    element(&p, grad[i], &a, &b, &coefs);                                                                        \
+    state0[i] = a;                                                                                               \
+    state1[i] = b;
+#define LOOP_BODY_3(element)                                                                                     \
+    real a = state0[i], b = state1[i], d = state2[i];                                                            \
+    element(&p, grad[i], &a, &b, &d, &coefs);                                                                    \
+    state0[i] = a;                                                                                               \
+    state1[i] = b;                                                                                               \
+    state2[i] = d;
+
+/* ---- The tables --------------------------------------------------------------------------------------------------- */
+
+#define real float
+#define SQRT __builtin_sqrtf
+#define TARGET
+#define FN(name) name##_float32_baseline
+#include "kernels.inc"
+
+#define real double
+#define SQRT __builtin_sqrt
+#define TARGET
+#define FN(name) name##_float64_baseline
+#include "kernels.inc"
+
+#ifdef __x86_64__
+#define HAVE_X86_LEVELS
+
+#define TARGET_AVX2 __attribute__((target("avx2")))
+#if defined(__clang__)
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl"), min_vector_width(512)))
+#else
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")))
+#endif
+
+#define real float
+#define SQRT __builtin_sqrtf
+#define TARGET TARGET_AVX2
+#define FN(name) name##_float32_avx2
+#include "kernels.inc"
+
+#define real double
+#define SQRT __builtin_sqrt
+#define TARGET TARGET_AVX2
+#define FN(name) name##_float64_avx2
+#include "kernels.inc"
+
+#define real float
+#define SQRT __builtin_sqrtf
+#define TARGET TARGET_AVX512
+#define FN(name) name##_float32_avx512
+#include "kernels.inc"
+
+#define real double
+#define SQRT __builtin_sqrt
+#define TARGET TARGET_AVX512
+#define FN(name) name##_float64_avx512
+#include "kernels.inc"
+#endif
+
+const fs_kernels *fs_kernels_of(fs_level level, fs_dtype compute)
+{
+    static const fs_kernels *const tables[FS_N_LEVELS][2] = {
+        [FS_BASELINE] = {&table_float32_baseline, &table_float64_baseline},
+#ifdef HAVE_X86_LEVELS
+        [FS_AVX2] = {&table_float32_avx2, &table_float64_avx2},
+        [FS_AVX512] = {&table_float32_avx512, &table_float64_avx512},
+#endif
+    };
+    return tables[level][compute];
+}
+
+int fs_rule_count(void) { return FS_N_RULES; }
+
+const char *fs_rule_name(int rule)
+{
+    static const char *const names[] = {
+#define FS_RULE(name, family, n_states) #name,
+#include "rules.def"
+#undef FS_RULE
+    };
+    return names[rule];
+}
+
+const char *fs_rule_hyper_names(int rule)
+{
+    static const char *const hyper_names[] = {
+#define FS_RULE(name, family, n_states) family##_hyper_names,
+#include "rules.def"
+#undef FS_RULE
+    };
+    return hyper_names[rule];
+}
+
+int fs_rule_states(int rule)
+{
+    static const int states[] = {
+#define FS_RULE(name, family, n_states) n_states,
+#include "rules.def"
+#undef FS_RULE
+    };
+    return states[rule];
+}
+
+#define FS_RULE(name, family, n_states)                                                                          \
+    _Static_assert(sizeof(family##_hyper) <= FS_MAX_HYPER * sizeof(double), "raise FS_MAX_HYPER");               \
+    _Static_assert(sizeof(family##_coefs) <= FS_MAX_COEFS * sizeof(double), "raise FS_MAX_COEFS");               \
+    _Static_assert(n_states <= FS_MAX_STATES, "raise FS_MAX_STATES");
+#include "rules.def"
+#undef FS_RULE
+
+void fs_rule_prepare(int rule, const double *hyper, double step, double *coefs)
+{
+    switch (rule) {
+#define FS_RULE(name, family, n_states)                                                                          \
+    case FS_RULE_##name:                                                                                         \
+        family##_prepare((const family##_hyper *)hyper, step, (family##_coefs *)coefs);                          \
+        break;
+#include "rules.def"
+#undef FS_RULE
+    }
+}

@@ -1,0 +1,49 @@
+/* The table of kernels that every (compute type, CPU level) pair provides, and the choice among them. Internal. */
+#ifndef FUSEDSTEP_KERNELS_H
+#define FUSEDSTEP_KERNELS_H
+
+#include "fusedstep.h"
+
+enum {
+#define FS_RULE(name, family, n_states) FS_RULE_##name,
+#include "rules.def"
+#undef FS_RULE
+    FS_N_RULES
+};
+
+/* What is done to a run of gradients between loading it and handing it to the rule. */
+typedef struct {
+    bool negate;
+    double factor;         /* 1 for none */
+    double clip_value;     /* infinity for none */
+    double weight_decay;   /* coupled; 0 for none */
+    double l1;             /* 0 for none */
+} fs_stages;
+
+/* `real` below is the table's compute type. Runs are contiguous and do not overlap. */
+typedef struct {
+    /* Update a run in place: param is first multiplied by decay, then the rule is applied. */
+    void (*rule[FS_N_RULES])(size_t n, void *param, const void *grad, void *const *state, double decay,
+                             const void *coefs);
+    /* Between storage and run; `stride` in bytes. */
+    void (*load[4])(size_t n, void *real, const char *data, ptrdiff_t stride);
+    void (*store[4])(size_t n, const void *real, char *data, ptrdiff_t stride);
+    /* The two halves of gradient preparation: what the norm sees, and what only the rule sees. */
+    void (*unscale)(size_t n, void *grad, double grad_scale, bool zero_nonfinite);
+    void (*apply_stages)(size_t n, void *grad, const void *param, const fs_stages *stages);
+    /* Sums of (scale x)^2 over consecutive blocks of FS_BLOCK. */
+    void (*sum_squares)(size_t n, const void *grad, double scale, double *block_sums);
+    /* Adds to what is there. */
+    void (*count_nonfinite)(size_t n, const void *grad, size_t *n_nan, size_t *n_inf);
+} fs_kernels;
+
+/* The tables of kernels.c, by level and compute type; a level not compiled has none. */
+const fs_kernels *fs_kernels_of(fs_level level, fs_dtype real);
+
+/* The rule's coefficients for the step with this number, from its hyper-parameters. */
+void fs_rule_prepare(int rule, const double *hyper, double step, double *coefs);
+
+/* How many threads a pass over this many elements should use. `asked` is 0 for the default. */
+int fs_threads_for(size_t n_elements, int asked);
+
+#endif

@@ -1,0 +1,52 @@
+/* Adam (Kingma & Ba 2015) and AMSGrad (Reddi, Kale & Kumar 2018), eps outside the corrected root, as in PyTorch:
+ *
+ *     m = m + (1 - beta1) (g - m)
+ *     v = beta2 v + (1 - beta2) g^2
+ *     p = p - lr / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+ *
+ * AMSGrad divides by w = max(w, v) in place of v. AdamW is Adam with decoupled decay, which every rule has.
+ */
+#ifndef real
+
+typedef struct { double lr, beta1, beta2, eps; } adam_hyper;
+static const char adam_hyper_names[] = "lr beta1 beta2 eps";
+
+typedef struct { double one_minus_beta1, beta2, one_minus_beta2, step_size, rsqrt_correction2, eps; } adam_coefs;
+
+static void adam_prepare(const adam_hyper *h, double step, adam_coefs *c)
+{
+    c->one_minus_beta1 = 1.0 - h->beta1;
+    c->beta2 = h->beta2;
+    c->one_minus_beta2 = 1.0 - h->beta2;
+    c->step_size = h->lr / (1.0 - pow(h->beta1, step));
+    c->rsqrt_correction2 = 1.0 / sqrt(1.0 - pow(h->beta2, step));
+    c->eps = h->eps;
+}
+
+#else
+
+HELPER(adam_moments)(real g, real *exp_avg, real *exp_avg_sq, const adam_coefs *c)
+{
+    *exp_avg = *exp_avg + (real)c->one_minus_beta1 * (g - *exp_avg);
+    return *exp_avg_sq = (real)c->beta2 * *exp_avg_sq + (real)c->one_minus_beta2 * g * g;
+}
+
+HELPER(adam_change)(real exp_avg, real second_moment, const adam_coefs *c)
+{
+    return (real)c->step_size * exp_avg / (SQRT(second_moment) * (real)c->rsqrt_correction2 + (real)c->eps);
+}
+
+RULE(adam)(real *p, real g, real *exp_avg, real *exp_avg_sq, const adam_coefs *c)
+{
+    FN(adam_moments)(g, exp_avg, exp_avg_sq, c);
+    *p = *p - FN(adam_change)(*exp_avg, *exp_avg_sq, c);
+}
+
+RULE(adam_amsgrad)(real *p, real g, real *exp_avg, real *exp_avg_sq, real *max_exp_avg_sq, const adam_coefs *c)
+{
+    real v = FN(adam_moments)(g, exp_avg, exp_avg_sq, c);
+    *max_exp_avg_sq = *max_exp_avg_sq > v ? *max_exp_avg_sq : v;
+    *p = *p - FN(adam_change)(*exp_avg, *max_exp_avg_sq, c);
+}
+
+#endif

@@ -1,0 +1,34 @@
+"""fusedstep: the optimizer step for NumPy arrays.
+
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.ones(3, dtype=np.float32)
+    >>> opt = fs.AdamW({"w": w}, lr=0.1, clip_norm=1.0)
+    >>> report = opt.step({"w": np.array([0.5, -0.5, 0.0], dtype=np.float32)})
+    >>> w
+    array([0.899, 1.099, 0.999], dtype=float32)
+
+The rules are the classes SGD, Adagrad, Adadelta, RMSprop, Adam and AdamW; :class:`Optimizer` describes what they share.
+:mod:`fusedstep.kernels` has the rules on single arrays, :mod:`fusedstep.reference` their specification in NumPy.
+"""
+
+from . import kernels, optimizers, reference
+from .clipping import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
+from .config import show_config
+from .errors import NonFiniteGradientError
+from .optimizers import *  # noqa: F403
+from .threads import get_num_threads, set_num_threads, threads
+
+__all__ = [
+    "NonFiniteGradientError",
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_by_value",
+    "get_num_threads",
+    "global_norm",
+    "kernels",
+    "reference",
+    "set_num_threads",
+    "show_config",
+    "threads",
+]
+__all__ += optimizers.__all__

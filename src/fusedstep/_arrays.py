@@ -1,0 +1,173 @@
+"""Which arrays a user gave: names, kinds, shapes, overlaps. Every check here comes before the first write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, ValuesView
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+DTYPES = "float32, float64, float16 or bfloat16"
+
+# np.shares_memory is exact but can take exponential time for strange strides; beyond this many steps of work two arrays
+# whose address ranges intersect count as overlapping.
+MAX_OVERLAP_WORK = 100_000
+
+
+def is_supported(dtype: np.dtype[Any]) -> bool:
+    return dtype.type in (np.float32, np.float64, np.float16) or dtype.name == "bfloat16"
+
+
+def as_array(value: Any, label: str) -> Array:
+    """A NumPy array that shares the memory of `value`."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{label}: expected an array without a mask, got a masked array")
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        if hasattr(value, "__array_interface__") and not isinstance(value, np.generic):
+            return np.asarray(value)
+        if hasattr(value, "__dlpack__"):
+            return np.from_dlpack(value)
+        if not isinstance(value, (bytes, str, np.generic)):
+            return np.asarray(memoryview(value))
+    except TypeError:
+        pass
+    except Exception as error:
+        raise TypeError(f"{label}: expected an array, got {type(value).__name__} that cannot be viewed as one: {error}") from error
+    raise TypeError(f"{label}: expected an array, got {type(value).__name__}")
+
+
+def check_dtype(array: Array, label: str) -> None:
+    if not is_supported(array.dtype):
+        raise TypeError(f"{label}: expected dtype {DTYPES}, got {array.dtype}")
+    if not array.dtype.isnative:
+        raise TypeError(f"{label}: expected native byte order, got {array.dtype.str}")
+
+
+def as_writeable(value: Any, label: str) -> Array:
+    """`value` as an array that can be changed in place."""
+    array = as_array(value, label)
+    check_dtype(array, label)
+    if not array.flags.writeable:
+        raise ValueError(f"{label}: expected a writeable array, got a read-only one")
+    if overlaps_itself(array):
+        raise ValueError(f"{label}: expected elements of their own, got an array whose elements share memory")
+    return array
+
+
+def as_gradient(value: Any, label: str) -> Array:
+    """`value` as an array that can be read."""
+    array = np.asarray(value) if isinstance(value, np.generic) else as_array(value, label)
+    check_dtype(array, label)
+    return array
+
+
+def overlaps_itself(array: Array) -> bool:
+    """Whether two elements of an array share memory."""
+    dims = sorted((abs(stride), size) for stride, size in zip(array.strides, array.shape) if size > 1)
+    if array.size <= 1:
+        return False
+    extent = array.itemsize
+    for stride, size in dims:
+        if stride < extent:
+            break
+        extent = stride * (size - 1) + extent
+    else:
+        return False
+    # Interleaved or shared: look at the address of every element.
+    offsets = np.zeros(1, dtype=np.intp)
+    for stride, size in dims:
+        offsets = (offsets[:, None] + stride * np.arange(size)).reshape(-1)
+    offsets.sort()
+    return bool((np.diff(offsets) < array.itemsize).any())
+
+
+def byte_bounds(array: Array) -> tuple[int, int]:
+    """First address, and the one after the last, of an array's elements."""
+    low = high = array.__array_interface__["data"][0]
+    for stride, size in zip(array.strides, array.shape):
+        if stride < 0:
+            low += stride * (size - 1)
+        else:
+            high += stride * (size - 1)
+    return low, high + array.itemsize
+
+
+def overlap(a: Array, b: Array) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=MAX_OVERLAP_WORK)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def check_overlaps(written: Iterable[tuple[str, Array]], read: Iterable[tuple[str, Array]] = ()) -> None:
+    """Refuse arrays to be written that share memory with any other array here."""
+    spans = [(*byte_bounds(a), True, label, a) for label, a in written if a.size]
+    spans += [(*byte_bounds(a), False, label, a) for label, a in read if a.size]
+    spans.sort(key=lambda span: span[0])
+    open_spans: list[tuple[int, int, bool, str, Array]] = []
+    for span in spans:
+        low, _, is_written, label, array = span
+        open_spans = [other for other in open_spans if other[1] > low]
+        for _, _, other_is_written, other_label, other_array in open_spans:
+            if (is_written or other_is_written) and overlap(array, other_array):
+                raise ValueError(f"{other_label} and {label}: expected separate arrays, got arrays that share memory")
+        open_spans.append(span)
+
+
+# ---- Nested structures --------------------------------------------------------------------------------------------------
+
+
+def branches(tree: Any, first_index: int = 0) -> dict[str, Any] | None:
+    """The named parts of a mapping or sequence; None for anything else, which is a leaf."""
+    if isinstance(tree, Mapping):
+        return {str(key): value for key, value in tree.items()}
+    if isinstance(tree, (list, tuple, ValuesView, Iterator)):
+        return {str(index): value for index, value in enumerate(tree, first_index)}
+    return None
+
+
+class Structure:
+    """The shape of a parameter tree, to take apart gradients that have the same.
+
+    Leaves are named by their path: ``{"a": [x, y]}`` has the names ``a.0`` and ``a.1``, a single array has the name ``0``.
+    """
+
+    def __init__(self, tree: Any, first_index: int = 0, path: str = "") -> None:
+        self.path = path
+        self.is_mapping = isinstance(tree, Mapping)
+        parts = branches(tree, first_index)
+        if parts is None:
+            self.parts = None
+            self.names, self.leaves = [path or str(first_index)], [tree]
+        else:
+            self.parts = {
+                key: Structure(value, path=f"{path}.{key}" if path else key) for key, value in parts.items()
+            }
+            self.names = [name for part in self.parts.values() for name in part.names]
+            self.leaves = [leaf for part in self.parts.values() for leaf in part.leaves]
+        self.first_index = first_index
+
+    def collect(self, tree: Any) -> list[Any]:
+        """The leaves of a tree with this structure, in this order."""
+        if self.parts is None:
+            return [tree]
+        label = f"grads[{self.path!r}]" if self.path else "grads"
+        given = branches(tree, self.first_index)
+        if given is None or isinstance(tree, Mapping) != self.is_mapping:
+            kind = "a mapping" if self.is_mapping else "a sequence"
+            raise TypeError(f"{label}: expected {kind} like the parameters', got {type(tree).__name__}")
+        if not self.is_mapping and len(given) != len(self.parts):
+            raise ValueError(f"{label}: expected {len(self.parts)} arrays, got {len(given)}")
+        prefix = f"{self.path}." if self.path else ""
+        for key in self.parts:
+            if key not in given:
+                raise ValueError(f"grads[{prefix + key!r}]: expected a gradient, got none")
+        for key in given:
+            if key not in self.parts:
+                raise ValueError(f"grads[{prefix + key!r}]: expected a parameter's name, got a name that none has")
+        return [leaf for key, part in self.parts.items() for leaf in part.collect(given[key])]

@@ -1,0 +1,128 @@
+"""The two ways to make a step: the compiled kernels, and the reference."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any, Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import reference
+
+Array = NDArray[Any]
+
+# Whether the step was applied, norm of the gradients or None, smallest clip factor, and for each array with non-finite
+# gradients its index and the number of such elements.
+Outcome = tuple[bool, Union[float, None], float, list[tuple[int, int]]]
+
+core: Any
+try:
+    from . import _core as core
+except ImportError as error:
+    core = None
+    core_error: ImportError | None = error
+else:
+    core_error = None
+
+
+def require_core() -> Any:
+    """The extension module, or an error that says what to do."""
+    if core is None:
+        raise RuntimeError(
+            f"the compiled kernels of fusedstep are not available here ({core_error}); reinstall with a C compiler, or use "
+            'backend="reference"'
+        ) from core_error
+    return core
+
+
+class ReferencePlan:
+    """`_core.Plan` on the NumPy reference: the same interface, the same bits."""
+
+    def __init__(self, params: list[Array], states: list[tuple[Array, ...]], groups: list[int], rules: list[Any]) -> None:
+        self.params, self.states, self.groups, self.rules = params, states, groups, rules
+        self.grads: list[Array] = []
+        self.values: list[dict[str, Any]] = [{} for _ in rules]
+        self.steps = 0
+
+    def bind(self, grads: list[Any]) -> tuple[int, bool]:
+        for i, (param, grad) in enumerate(zip(self.params, grads)):
+            if not isinstance(grad, np.ndarray) or grad.shape != param.shape:
+                return i, True
+        self.grads = grads
+        return -1, True
+
+    def set_group(self, index: int, values: dict[str, Any]) -> None:
+        self.values[index] = values
+
+    def step(
+        self,
+        *,
+        grad_scale: float = 1.0,
+        clip_norm: float | None = None,
+        nonfinite: str = "raise",
+        num_threads: int | None = None,
+    ) -> Outcome:
+        applied, grad_norm, factors, bad = self._measure(grad_scale, clip_norm, nonfinite)
+        if applied:
+            # All new values are made before the first is stored: an exception leaves everything as it was.
+            new = [(p.copy(), [state.copy() for state in states]) for p, states in zip(self.params, self.states)]
+            for i, (param, states) in enumerate(new):
+                self._update(i, param, states, factors[i], grad_scale, nonfinite == "zero")
+            for i, (param, states) in enumerate(new):
+                for target, source in zip([self.params[i], *self.states[i]], [param, *states]):
+                    target[...] = source
+            self.steps += 1
+        return applied, grad_norm, smallest(factors), bad
+
+    def norm(self, *, num_threads: int | None = None) -> Outcome:
+        _, grad_norm, factors, bad = self._measure(1.0, None, "raise")
+        return True, grad_norm, smallest(factors), bad
+
+    def clip(
+        self, *, clip_norm: float | None = None, nonfinite: str = "raise", num_threads: int | None = None
+    ) -> Outcome:
+        applied, grad_norm, factors, bad = self._measure(1.0, clip_norm, nonfinite)
+        if applied:
+            for grad, factor, group in zip(self.grads, factors, self.groups):
+                g = reference.load_gradient(grad, reference.compute_dtype(grad.dtype))
+                reference.clip(g, factor, self.values[group].get("clip_value"))
+                grad[...] = g.reshape(grad.shape)
+        return applied, grad_norm, smallest(factors), bad
+
+    def _update(self, i: int, param: Array, states: list[Array], factor: float, grad_scale: float, zero: bool) -> None:
+        rule, state_names = self.rules[self.groups[i]]
+        wanted = {*inspect.signature(rule).parameters, *reference.Stages.__annotations__}
+        values = {key: value for key, value in self.values[self.groups[i]].items() if key in wanted}
+        values.update(grad_scale=grad_scale, clip_factor=factor, zero_nonfinite=zero)
+        rule(param, self.grads[i], **dict(zip(state_names, states)), step=self.steps + 1, **values)
+
+    def _measure(
+        self, grad_scale: float, clip_norm: float | None, nonfinite: str
+    ) -> tuple[bool, float | None, list[float], list[tuple[int, int]]]:
+        """Whether to go on, norm of all gradients, clip factor of each, and where how many elements are not finite."""
+        limits = [self.values[group].get("clip_norm_per_array") for group in self.groups]
+        if nonfinite == "propagate" and clip_norm is None and not any(limits):
+            return True, None, [1.0] * len(self.params), []
+        sums, bad = [], []
+        with np.errstate(all="ignore"):
+            for i, (param, grad) in enumerate(zip(self.params, self.grads)):
+                g = reference.load_gradient(grad, reference.compute_dtype(param.dtype), grad_scale)
+                n_bad = g.size - int(np.isfinite(g).sum())
+                if n_bad:
+                    bad.append((i, n_bad))
+                    if nonfinite == "zero":
+                        g[~np.isfinite(g)] = 0
+                sums.append(reference.scaled_sum_squares(g))
+        root, exponent = reference.combine(sums, [1.0] * len(sums))
+        grad_norm = reference.ldexp(root, exponent)
+        factors = [reference.clip_factor(math.sqrt(total), e, limit) for (total, e), limit in zip(sums, limits)]
+        factor = reference.clip_factor(*reference.combine(sums, factors), clip_norm)
+        applied = not bad or nonfinite not in ("raise", "skip")
+        return applied, grad_norm, [f * factor for f in factors], bad
+
+
+def smallest(factors: list[float]) -> float:
+    """The smallest factor, at most 1; nan if one is."""
+    return math.nan if any(math.isnan(f) for f in factors) else min(factors, default=1.0)

@@ -1,0 +1,358 @@
+"""The border between Python and C: plans over NumPy arrays, CPU levels, threads.
+
+Callers have checked everything (`fusedstep._arrays`); what is refused here would be a bug there.
+"""
+
+from libc.math cimport INFINITY
+from libc.stddef cimport ptrdiff_t, size_t
+cimport numpy as cnp
+
+cnp.import_array()
+
+
+cdef extern from "numpy/arrayobject.h" nogil:
+    bint PyArray_ISALIGNED(cnp.ndarray)
+    bint PyArray_ISNOTSWAPPED(cnp.ndarray)
+
+
+cdef extern from "fusedstep.h" nogil:
+    ctypedef enum fs_status:
+        FS_OK
+        FS_OUT_OF_MEMORY
+        FS_UNKNOWN_RULE
+        FS_BAD_LEVEL
+
+    ctypedef enum fs_dtype:
+        FS_FLOAT32
+        FS_FLOAT64
+        FS_FLOAT16
+        FS_BFLOAT16
+
+    ctypedef enum fs_nonfinite:
+        FS_NONFINITE_STOP
+        FS_NONFINITE_ZERO
+        FS_NONFINITE_PROPAGATE
+
+    ctypedef enum fs_level:
+        FS_BASELINE
+        FS_N_LEVELS
+
+    const char *fs_level_name(fs_level level)
+    bint fs_level_compiled(fs_level level)
+    bint fs_level_available(fs_level level)
+    fs_level fs_level_current()
+    fs_status fs_level_set(fs_level level)
+
+    bint fs_openmp()
+    void fs_threads_set(int n_threads)
+    void fs_threads_limit(int n_threads)
+    int fs_threads_get()
+
+    int fs_rule_count()
+    const char *fs_rule_name(int rule)
+    const char *fs_rule_hyper_names(int rule)
+    int fs_rule_states(int rule)
+
+    ctypedef struct fs_view:
+        pass
+
+    ctypedef struct fs_array:
+        size_t size
+        fs_dtype real
+        int group
+        fs_view param, grad
+        fs_view *state
+        size_t n_nonfinite
+
+    ctypedef struct fs_group:
+        int rule
+        double *hyper
+        double weight_decay, l1, clip_value, clip_norm_per_array
+        bint decoupled_weight_decay, maximize
+
+    ctypedef struct fs_plan:
+        size_t n_arrays, n_groups
+        fs_array *arrays
+        fs_group *groups
+        double step
+
+    ctypedef struct fs_options:
+        double grad_scale, clip_norm, clip_factor
+        fs_nonfinite nonfinite
+        int n_threads
+
+    ctypedef struct fs_report:
+        bint applied, has_norm
+        double grad_norm, clip_factor
+
+    fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups)
+    fs_status fs_plan_finish(fs_plan *plan)
+    void fs_plan_free(fs_plan *plan)
+    fs_status fs_view_set(fs_view *view, void *data, fs_dtype dtype, bint aligned, int n_dims,
+                          const ptrdiff_t *shape, const ptrdiff_t *strides)
+    void fs_step(fs_plan *plan, const fs_options *options, fs_report *report)
+    void fs_norm(fs_plan *plan, const fs_options *options, fs_report *report)
+    void fs_clip(fs_plan *plan, const fs_options *options, fs_report *report)
+
+
+cdef extern from *:
+    """
+    #if defined(__clang__)
+    #define FS_COMPILER "clang " __clang_version__
+    #elif defined(__GNUC__)
+    #define FS_COMPILER "gcc " __VERSION__
+    #else
+    #define FS_COMPILER "unknown"
+    #endif
+    #ifdef _OPENMP
+    #define FS_OPENMP_VERSION _OPENMP
+    #else
+    #define FS_OPENMP_VERSION 0
+    #endif
+    """
+    const char *FS_COMPILER
+    const char *FUSEDSTEP_FLAGS
+    const int FS_OPENMP_VERSION
+
+COMPILER = FS_COMPILER.decode()
+FLAGS = FUSEDSTEP_FLAGS.decode()
+OPENMP_VERSION = FS_OPENMP_VERSION
+
+cdef dict ERRORS = {
+    FS_OUT_OF_MEMORY: (MemoryError, "out of memory while preparing a step; nothing has changed"),
+    FS_UNKNOWN_RULE: (ValueError, "unknown rule"),
+    FS_BAD_LEVEL: (ValueError, "this CPU level is not available"),
+}
+
+cdef int check(fs_status status) except -1:
+    if status != FS_OK:
+        error, message = ERRORS[status]
+        raise error(message)
+    return 0
+
+
+# ---- Rules, levels, threads ---------------------------------------------------------------------------------------------
+
+RULES = {fs_rule_name(rule).decode(): rule for rule in range(fs_rule_count())}
+
+
+def _hyper_places(int rule):
+    """Where each C hyper-parameter is found: "lr" at ("lr", None); "beta1", of the pair "betas", at ("betas", 0)."""
+    names = fs_rule_hyper_names(rule).decode().split()
+    return [(name[:-1] + "s", int(name[-1]) - 1) if name[-1].isdigit() else (name, None) for name in names]
+
+
+def levels():
+    """CPU levels as a list of (name, compiled, available), lowest first."""
+    return [
+        (fs_level_name(<fs_level>level).decode(), bool(fs_level_compiled(<fs_level>level)),
+         bool(fs_level_available(<fs_level>level)))
+        for level in range(FS_N_LEVELS)
+    ]
+
+
+def get_level():
+    return fs_level_name(fs_level_current()).decode()
+
+
+def set_level(str name):
+    for level, (known, _, _) in enumerate(levels()):
+        if known == name:
+            check(fs_level_set(<fs_level>level))
+            return
+    raise ValueError(f"unknown CPU level {name!r}")
+
+
+def openmp():
+    """Whether the extension was built with OpenMP."""
+    return bool(fs_openmp())
+
+
+def set_num_threads(int n_threads):
+    fs_threads_set(n_threads)
+
+
+def limit_num_threads(int n_threads):
+    fs_threads_limit(n_threads)
+
+
+def get_num_threads():
+    return fs_threads_get()
+
+
+# ---- Plans --------------------------------------------------------------------------------------------------------------
+
+cdef int bfloat16_type = -1
+
+
+cdef int dtype_code(cnp.ndarray array):
+    """The fs_dtype of an array; -1 if there is none."""
+    global bfloat16_type
+    cdef int kind = cnp.PyArray_TYPE(array)
+    if not PyArray_ISNOTSWAPPED(array):
+        return -1
+    if kind == cnp.NPY_FLOAT32:
+        return FS_FLOAT32
+    if kind == cnp.NPY_FLOAT64:
+        return FS_FLOAT64
+    if kind == cnp.NPY_FLOAT16:
+        return FS_FLOAT16
+    if kind != bfloat16_type and array.dtype.name == "bfloat16":
+        bfloat16_type = kind
+    return FS_BFLOAT16 if kind == bfloat16_type else -1
+
+
+cdef int set_view(fs_view *view, cnp.ndarray array) except -1:
+    cdef int dtype = dtype_code(array)
+    if dtype < 0:
+        raise TypeError(f"no kernel for dtype {array.dtype}")
+    return check(fs_view_set(view, cnp.PyArray_DATA(array), <fs_dtype>dtype, PyArray_ISALIGNED(array),
+                             cnp.PyArray_NDIM(array), <const ptrdiff_t *>cnp.PyArray_DIMS(array),
+                             <const ptrdiff_t *>cnp.PyArray_STRIDES(array)))
+
+
+cdef bint same_shape(cnp.ndarray a, cnp.ndarray b):
+    cdef int d
+    if cnp.PyArray_NDIM(a) != cnp.PyArray_NDIM(b):
+        return False
+    for d in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, d) != cnp.PyArray_DIM(b, d):
+            return False
+    return True
+
+
+cdef class Plan:
+    """Which arrays a step updates, with which rule; and the steps themselves.
+
+    Parameters
+    ----------
+    params : list of ndarray
+    states : list of tuple of ndarray
+        State arrays of each parameter, in the rule's order.
+    groups : list of int
+        Index into ``rules`` for each parameter.
+    rules : list of (str or None)
+        The kernel of each group; None for a plan that only measures or clips gradients.
+    """
+
+    cdef fs_plan *plan
+    cdef list params, states, grads, places
+
+    def __cinit__(self, list params, list states, list groups, list rules):
+        cdef fs_array *array
+        cdef size_t i, s
+        self.params = params
+        self.states = states
+        self.grads = [None] * len(params)
+        self.places = []
+        self.plan = fs_plan_new(len(params), len(rules))
+        if self.plan == NULL:
+            check(FS_OUT_OF_MEMORY)
+        for i, rule in enumerate(rules):
+            if rule is None:
+                self.places.append([])
+                continue
+            if rule not in RULES:
+                check(FS_UNKNOWN_RULE)
+            self.plan.groups[i].rule = RULES[rule]
+            self.places.append(_hyper_places(RULES[rule]))
+        for i in range(len(params)):
+            array = &self.plan.arrays[i]
+            array.size = cnp.PyArray_SIZE(params[i])
+            array.group = groups[i]
+            set_view(&array.param, params[i])
+            array.real = FS_FLOAT64 if cnp.PyArray_TYPE(params[i]) == cnp.NPY_FLOAT64 else FS_FLOAT32
+            if rules[groups[i]] is not None and len(states[i]) != fs_rule_states(self.plan.groups[array.group].rule):
+                raise ValueError(f"rule {rules[groups[i]]} has another number of states than {len(states[i])}")
+            for s in range(len(states[i])):
+                set_view(&array.state[s], states[i][s])
+        check(fs_plan_finish(self.plan))
+
+    def __dealloc__(self):
+        fs_plan_free(self.plan)
+
+    def bind(self, list grads):
+        """Take these gradients for the next steps.
+
+        Returns the index of the first that is no supported array of its parameter's shape, or -1. The second value is
+        whether any array now lies elsewhere than before.
+        """
+        cdef size_t i
+        cdef bint moved = False
+        cdef cnp.ndarray grad
+        for i in range(self.plan.n_arrays):
+            candidate = grads[i]
+            if not isinstance(candidate, cnp.ndarray):
+                return <Py_ssize_t>i, moved
+            grad = <cnp.ndarray>candidate
+            if dtype_code(grad) < 0 or not same_shape(grad, self.params[i]):
+                return <Py_ssize_t>i, moved
+            if self.grads[i] is None or cnp.PyArray_DATA(grad) != cnp.PyArray_DATA(self.grads[i]):
+                moved = True
+            set_view(&self.plan.arrays[i].grad, grad)
+            self.grads[i] = grad
+        return -1, moved
+
+    def set_group(self, size_t index, dict values):
+        """Set the hyper-parameters of a group, from their public names."""
+        cdef fs_group *group = &self.plan.groups[index]
+        cdef int h = 0
+        for name, item in self.places[index]:
+            group.hyper[h] = values[name] if item is None else values[name][item]
+            h += 1
+        group.weight_decay = values.get("weight_decay", 0.0)
+        group.decoupled_weight_decay = values.get("decoupled_weight_decay", False)
+        group.l1 = values.get("l1", 0.0)
+        group.maximize = values.get("maximize", False)
+        group.clip_value = or_infinity(values.get("clip_value"))
+        group.clip_norm_per_array = or_infinity(values.get("clip_norm_per_array"))
+
+    @property
+    def steps(self):
+        """Number of steps applied."""
+        return int(self.plan.step)
+
+    @steps.setter
+    def steps(self, value):
+        self.plan.step = value
+
+    def step(self, *, double grad_scale=1.0, clip_norm=None, double clip_factor=1.0, str nonfinite="raise",
+             num_threads=None):
+        """Update parameters and states from the bound gradients; see `run` for what is returned."""
+        return self.run(fs_step, grad_scale, clip_norm, clip_factor, nonfinite, num_threads)
+
+    def norm(self, *, num_threads=None):
+        """Measure the bound gradients."""
+        return self.run(fs_norm, 1.0, None, 1.0, "propagate", num_threads)
+
+    def clip(self, *, clip_norm=None, str nonfinite="raise", num_threads=None):
+        """Clip the bound gradients in place."""
+        return self.run(fs_clip, 1.0, clip_norm, 1.0, nonfinite, num_threads)
+
+    cdef run(self, void (*function)(fs_plan *, const fs_options *, fs_report *) noexcept nogil, double grad_scale,
+             clip_norm, double clip_factor, str nonfinite, num_threads):
+        """(applied, grad_norm or None, clip_factor, indices of arrays with non-finite gradients, how many elements)"""
+        cdef fs_options options
+        cdef fs_report report
+        cdef size_t i
+        options.grad_scale = grad_scale
+        options.clip_norm = or_infinity(clip_norm)
+        options.n_threads = 0 if num_threads is None else num_threads
+        options.clip_factor = clip_factor
+        options.nonfinite = (FS_NONFINITE_ZERO if nonfinite == "zero" else
+                             FS_NONFINITE_PROPAGATE if nonfinite == "propagate" else FS_NONFINITE_STOP)
+        with nogil:
+            function(self.plan, &options, &report)
+        bad = []
+        if report.has_norm:
+            for i in range(self.plan.n_arrays):
+                if self.plan.arrays[i].n_nonfinite > 0:
+                    bad.append((i, self.plan.arrays[i].n_nonfinite))
+        return bool(report.applied), report.grad_norm if report.has_norm else None, report.clip_factor, bad
+
+
+cdef double or_infinity(value):
+    return INFINITY if value is None else value
+
+
+fs_threads_get()    # watch for forks from now on

@@ -1,0 +1,144 @@
+"""Hyper-parameters: what each may be, and its value at a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypedDict, Union
+
+Hyper = Union[float, Callable[[int], float]]
+"""A number, or a function of the number of steps taken so far (0 at the first step)."""
+
+
+class Options(TypedDict, total=False):
+    """Keyword options that every rule has."""
+
+    weight_decay: Hyper
+    decoupled_weight_decay: bool
+    l1: Hyper
+    maximize: bool
+    clip_norm: Hyper | None
+    clip_value: Hyper | None
+    clip_norm_per_array: Hyper | None
+    nonfinite: str
+    convention: str
+    backend: str
+    num_threads: int | None
+
+
+OPTION_DEFAULTS: dict[str, Any] = {
+    "weight_decay": 0.0,
+    "decoupled_weight_decay": False,
+    "l1": 0.0,
+    "maximize": False,
+    "clip_norm": None,
+    "clip_value": None,
+    "clip_norm_per_array": None,
+    "nonfinite": "raise",
+    "convention": "torch",
+    "backend": "c",
+    "num_threads": None,
+}
+
+# Options of the whole optimizer; the others may differ between parameter groups.
+GLOBAL_OPTIONS = ("clip_norm", "nonfinite", "convention", "backend", "num_threads")
+
+CHOICES = {
+    "nonfinite": ("raise", "skip", "zero", "propagate"),
+    "convention": ("torch",),
+    "backend": ("c", "reference"),
+}
+
+
+def number(value: Any, label: str, wanted: str, accept: Callable[[float], bool]) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{label}: expected {wanted}, got {value!r}")
+    result = float(value)
+    if not (math.isfinite(result) and accept(result)):
+        raise ValueError(f"{label}: expected {wanted}, got {value!r}")
+    return result
+
+
+def at_least_0(value: Any, label: str) -> float:
+    return number(value, label, "a finite number >= 0", lambda x: x >= 0)
+
+
+def above_0(value: Any, label: str) -> float:
+    return number(value, label, "a finite number > 0", lambda x: x > 0)
+
+
+def above_0_or_none(value: Any, label: str) -> float | None:
+    return None if value is None else number(value, label, "a finite number > 0 or None", lambda x: x > 0)
+
+
+def from_0_below_1(value: Any, label: str) -> float:
+    return number(value, label, "a number in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def from_0_to_1(value: Any, label: str) -> float:
+    return number(value, label, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+
+
+def boolean(value: Any, label: str) -> bool:
+    if value is not True and value is not False:
+        raise TypeError(f"{label}: expected True or False, got {value!r}")
+    return value
+
+
+def finite(value: Any, label: str) -> float:
+    return number(value, label, "a finite number", lambda x: True)
+
+
+def grad_scale(value: Any, label: str) -> float:
+    # Neither it nor its inverse may leave float32's range.
+    return number(value, label, "a number in [1e-37, 1e37]", lambda x: 1e-37 <= x <= 1e37)
+
+
+CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "lr": at_least_0,
+    "momentum": at_least_0,
+    "dampening": finite,
+    "nesterov": boolean,
+    "lr_decay": at_least_0,
+    "initial_accumulator_value": at_least_0,
+    "eps": at_least_0,
+    "rho": from_0_to_1,
+    "alpha": from_0_to_1,
+    "centered": boolean,
+    "amsgrad": boolean,
+    "betas": from_0_below_1,
+    "weight_decay": at_least_0,
+    "decoupled_weight_decay": boolean,
+    "l1": at_least_0,
+    "maximize": boolean,
+    "grad_scale": grad_scale,
+    "clip_factor": at_least_0,
+    "zero_nonfinite": boolean,
+    "clip_norm": above_0_or_none,
+    "clip_value": above_0_or_none,
+    "clip_norm_per_array": above_0_or_none,
+}
+
+
+def resolve(name: str, value: Any, step: int, label: str) -> Any:
+    """The value of a hyper-parameter after `step` steps, checked."""
+    if callable(value):
+        value = value(step)
+    if name == "betas":
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise TypeError(f"{label}: expected a pair of numbers, got {value!r}")
+        return tuple(CHECKS[name](v(step) if callable(v) else v, f"{label}[{i}]") for i, v in enumerate(value))
+    return CHECKS[name](value, label)
+
+
+def check_choice(name: str, value: Any) -> None:
+    if value not in CHOICES[name]:
+        listed = ", ".join(repr(choice) for choice in CHOICES[name])
+        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+
+
+def check_num_threads(value: Any, label: str = "num_threads") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{label}: expected a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{label}: expected at least 1, got {value}")

@@ -1,0 +1,93 @@
+"""The rules on single arrays, compiled: for libraries that keep their own state and loop.
+
+One function per rule, with the signature of its namesake in :mod:`fusedstep.reference` and the same bits. Each updates
+``param`` and the state arrays in place. ``step`` counts from 1. Arrays are checked before anything is written.
+
+>>> import numpy as np, fusedstep as fs
+>>> w, g = np.ones(3, np.float32), np.full(3, 0.5, np.float32)
+>>> m, v = np.zeros_like(w), np.zeros_like(w)
+>>> fs.kernels.adam(w, g, m, v, step=1, lr=0.25, eps=0.0)
+>>> w
+array([0.75, 0.75, 0.75], dtype=float32)
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import _arrays, _backends, _hyper, reference
+from .optimizers import Optimizer
+
+STAGE_DEFAULTS = {
+    "grad_scale": 1.0,
+    "zero_nonfinite": False,
+    "maximize": False,
+    "clip_factor": 1.0,
+    "clip_value": None,
+    "weight_decay": 0.0,
+    "decoupled_weight_decay": False,
+    "l1": 0.0,
+}
+
+
+def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
+    """The compiled namesake of an optimizer's reference function."""
+    rule = optimizer._rule
+    signature = inspect.signature(rule)
+    names = list(signature.parameters)
+    state_names = names[2 : names.index("step")]
+    hyper_names = [name for name in names[names.index("step") + 1 :] if name != "stages"]
+    known = [*hyper_names, *STAGE_DEFAULTS]
+    defaults = {name: p.default for name, p in inspect.signature(optimizer).parameters.items() if name in _hyper.CHECKS}
+
+    @functools.wraps(rule)
+    def kernel(*args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        values = STAGE_DEFAULTS | {name: given[name] for name in hyper_names} | given["stages"]
+        for name, value in values.items():
+            if name not in known:
+                raise TypeError(f"{rule.__name__}: unknown option {name!r}; it has {', '.join(known)}")
+            values[name] = _hyper.resolve(name, value, 0, name)
+        optimizer._check_hyper(values)
+        if isinstance(given["step"], bool) or not isinstance(given["step"], (int, np.integer)) or given["step"] < 1:
+            raise ValueError(f"step: expected a whole number >= 1, got {given['step']!r}")
+        states = tuple(name for name in state_names if given[name] is not None)
+        for name in optimizer._states(defaults | values):
+            if name not in states:
+                raise ValueError(f"{name}: expected an array, got none")
+
+        param = _arrays.as_writeable(given["param"], "param")
+        grad = _arrays.as_gradient(given["grad"], "grad")
+        arrays = tuple(_arrays.as_writeable(given[name], name) for name in states)
+        for name, array in zip(["grad", *states], [grad, *arrays]):
+            if array.shape != param.shape:
+                raise ValueError(f"{name}: expected shape {param.shape}, got {array.shape}")
+        for name, array in zip(states, arrays):
+            if array.dtype != reference.compute_dtype(param.dtype):
+                raise TypeError(f"{name}: expected dtype {reference.compute_dtype(param.dtype)}, got {array.dtype}")
+        _arrays.check_overlaps(zip(["param", *states], [param, *arrays]), [("grad", grad)])
+
+        plan = _backends.require_core().Plan([param], [arrays], [0], [optimizer._kernel_name(states, values)])
+        plan.steps = given["step"] - 1
+        plan.bind([grad])
+        plan.set_group(0, values)
+        plan.step(
+            grad_scale=values["grad_scale"],
+            clip_factor=values["clip_factor"],
+            nonfinite="zero" if values["zero_nonfinite"] else "propagate",
+        )
+
+    return kernel
+
+
+__all__ = []
+for _optimizer in Optimizer.rules.values():
+    globals()[_optimizer._rule.__name__] = compiled(_optimizer)
+    __all__.append(_optimizer._rule.__name__)

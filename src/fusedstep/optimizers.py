@@ -1,0 +1,789 @@
+"""The optimizers: thin classes over a plan of fused kernels."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _arrays, _backends, _hyper, reference
+from ._hyper import Hyper
+from .errors import NonFiniteGradientError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Array = NDArray[Any]
+
+__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Optimizer", "RMSprop", "StepReport"]
+
+STATE_DICT_VERSION = 1
+
+
+class StepReport(NamedTuple):
+    """What a step did."""
+
+    step: int
+    """Number of steps applied so far, this one included."""
+    applied: bool
+    """False if the step was skipped; nothing has changed then."""
+    grad_norm: float | None
+    """Norm of all (unscaled) gradients before clipping; None if nothing needed it."""
+    clip_factor: float
+    """Smallest factor a gradient was multiplied by to clip its norm; 1.0 if none was."""
+    nonfinite: dict[str, int]
+    """Names of the arrays whose gradients held inf or nan, with the number of such elements."""
+
+
+class Kernel(NamedTuple):
+    """A compiled rule and the state arrays it works on, in its order."""
+
+    name: str
+    states: tuple[str, ...] = ()
+
+
+class Optimizer:
+    """Base of all optimizers: parameters, groups, state, the step.
+
+    Every optimizer takes these keyword options besides its own hyper-parameters. A hyper-parameter is a number or a
+    callable ``steps taken so far -> number`` (0 at the first step).
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays (nested too), or sequence of groups
+        Changed in place by :meth:`step`. Writeable arrays of float32, float64, float16 or bfloat16, of any layout, that do
+        not share memory. A group is a dict with the key ``"params"`` and any hyper-parameters of its own.
+    weight_decay : float
+        Adds ``weight_decay * param`` to the gradient (L2 regularisation).
+    decoupled_weight_decay : bool
+        Decay the parameter by ``1 - lr * weight_decay`` before the update instead.
+    l1 : float
+        Adds ``l1 * sign(param)`` to the gradient.
+    maximize : bool
+        Follow the gradient up instead of down.
+    clip_norm : float, optional
+        Scale all gradients by ``min(1, clip_norm / (norm + 1e-6))``, where norm is that of all of them together.
+    clip_norm_per_array : float, optional
+        The same with each array's own norm; comes before `clip_norm`.
+    clip_value : float, optional
+        Then bound each element to ``[-clip_value, clip_value]``.
+    nonfinite : {"raise", "skip", "zero", "propagate"}
+        What an inf or nan in a gradient does: raise :class:`NonFiniteGradientError`, leave out the step, count as 0, or go
+        on unchecked, which saves reading the gradients once more. In the first two cases nothing changes.
+    convention : {"torch"}
+        Whose equations and defaults to follow.
+    backend : {"c", "reference"}
+        Compiled kernels, or NumPy. Both give the same bits.
+    num_threads : int, optional
+        Threads for this optimizer; by default :func:`fusedstep.get_num_threads`.
+
+    Attributes
+    ----------
+    param_groups : list of dict
+        ``"params"`` (arrays), ``"names"`` and the hyper-parameters of each group; the latter may be edited between steps.
+    state : dict of dict of ndarray
+        ``state[name][state name]``; float64 for float64 parameters, else float32.
+    steps : int
+        Number of steps applied.
+    """
+
+    # What a rule's class defines.
+    _rule: ClassVar[Callable[..., None]]
+    _option_defaults: ClassVar[dict[str, Any]] = {}
+    rules: ClassVar[dict[str, type[Optimizer]]] = {}
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the state arrays these hyper-parameters call for, in the order of the rule's arguments."""
+        raise NotImplementedError
+
+    @classmethod
+    def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
+        """The C kernel for these state arrays."""
+        return cls._rule.__name__
+
+    @classmethod
+    def _kernel(cls, hyper: Mapping[str, Any]) -> Kernel:
+        states = cls._states(hyper)
+        return Kernel(cls._kernel_name(states, hyper), states)
+
+    @staticmethod
+    def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
+        """What a state array is filled with at first."""
+        return 0.0
+
+    def __init_subclass__(cls) -> None:
+        Optimizer.rules[cls.__name__] = cls
+        # Show the common options in help() and in editors.
+        own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name not in ("self", "options")]
+        defaults = _hyper.OPTION_DEFAULTS | cls._option_defaults
+        options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in defaults.items()]
+        cls.__signature__ = inspect.Signature(own + options)  # type: ignore[attr-defined]
+
+    def __init__(self, params: Any, hyper: dict[str, Any], options: Mapping[str, Any]) -> None:
+        known = _hyper.OPTION_DEFAULTS | self._option_defaults
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{type(self).__name__}: unknown option {name!r}; it has {', '.join([*hyper, *known])}")
+        defaults = hyper | known | options
+        for name in _hyper.CHOICES:
+            _hyper.check_choice(name, defaults[name])
+        if defaults["num_threads"] is not None:
+            _hyper.check_num_threads(defaults["num_threads"])
+        self.nonfinite: str = defaults["nonfinite"]
+        self.convention: str = defaults["convention"]
+        self.backend: str = defaults["backend"]
+        self.num_threads: int | None = defaults["num_threads"]
+        self.clip_norm: Hyper | None = defaults["clip_norm"]
+        if self.backend == "c":
+            _backends.require_core()
+
+        self.param_groups: list[dict[str, Any]] = []
+        self._structures: list[_arrays.Structure] = []
+        self._is_grouped = is_groups(params)
+        self._group_defaults = {k: v for k, v in defaults.items() if k not in _hyper.GLOBAL_OPTIONS}
+        for group in list(params) if self._is_grouped else [{"params": params}]:
+            self._add_group(group)
+        self._names = [name for group in self.param_groups for name in group["names"]]
+        self._params = [array for group in self.param_groups for array in group["params"]]
+        self._group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+        repeated = next((name for i, name in enumerate(self._names) if name in self._names[:i]), None)
+        if repeated is not None:
+            raise ValueError(f"params[{repeated!r}]: expected names of their own, got one name twice")
+        _arrays.check_overlaps(self._labelled("params", self._params))
+        _hyper.resolve("clip_norm", self.clip_norm, 0, "clip_norm")
+
+        self.state: dict[str, dict[str, Array]] = {name: {} for name in self._names}
+        self._lock = threading.Lock()
+        self._grads: list[Array] | None = None  # bound for the next steps
+        self._kernels: list[Kernel] = []
+        self._plan: Any = None
+        self._prepare_plan(self._resolve(self.param_groups, 0), 0)
+
+    def _add_group(self, group: Mapping[str, Any]) -> None:
+        label = f"param_groups[{len(self.param_groups)}]"
+        for key in group:
+            if key != "params" and key not in self._group_defaults:
+                raise TypeError(f"{label}: unknown key {key!r}; a group has params, {', '.join(self._group_defaults)}")
+        n_before = sum(len(structure.names) for structure in self._structures)
+        structure = _arrays.Structure(group["params"], first_index=n_before)
+        arrays = [
+            _arrays.as_writeable(leaf, f"params[{name!r}]") for name, leaf in zip(structure.names, structure.leaves)
+        ]
+        self._structures.append(structure)
+        own = {key: value for key, value in group.items() if key != "params"}
+        self.param_groups.append({"params": arrays, "names": list(structure.names), **self._group_defaults, **own})
+
+    def _labelled(self, what: str, arrays: list[Array]) -> list[tuple[str, Array]]:
+        return [(f"{what}[{name!r}]", array) for name, array in zip(self._names, arrays)]
+
+    # ---- Hyper-parameters and plan ----
+
+    def _resolve(self, groups: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+        """The values of each group's hyper-parameters at this step, checked."""
+        resolved = []
+        for i, group in enumerate(groups):
+            label = f"param_groups[{i}]." if self._is_grouped else ""
+            values = {key: _hyper.resolve(key, group[key], step, label + key) for key in self._group_defaults}
+            self._check_hyper(values)
+            resolved.append(values)
+        return resolved
+
+    @staticmethod
+    def _check_hyper(values: Mapping[str, Any]) -> None:
+        """Refuse combinations of hyper-parameters that have no meaning."""
+
+    def _prepare_plan(self, values: list[dict[str, Any]], steps: int) -> None:
+        """Make the plan, and the state arrays it needs, unless both are there."""
+        kernels = [self._kernel(v) for v in values]
+        if kernels == self._kernels:
+            return
+        state = {name: dict(own) for name, own in self.state.items()}
+        for name, param, group in zip(self._names, self._params, self._group_of):
+            for key in kernels[group].states:
+                if key not in state[name]:
+                    state[name][key] = np.zeros(param.shape, reference.compute_dtype(param.dtype))
+                    fill = self._initial_state(key, values[group])
+                    if fill:
+                        state[name][key][...] = fill
+        self._adopt(self._make_plan(kernels, state, steps), kernels, state)
+
+    def _make_plan(self, kernels: list[Kernel], state: dict[str, dict[str, Array]], steps: int) -> Any:
+        states = [
+            tuple(state[name][key] for key in kernels[group].states) for name, group in zip(self._names, self._group_of)
+        ]
+        if self.backend == "c":
+            plan = _backends.core.Plan(self._params, states, self._group_of, [kernel.name for kernel in kernels])
+        else:
+            rules = [(type(self)._rule, kernel.states) for kernel in kernels]
+            plan = _backends.ReferencePlan(self._params, states, self._group_of, rules)
+        plan.steps = steps
+        if self._grads is not None:
+            plan.bind(self._grads)
+        return plan
+
+    def _adopt(self, plan: Any, kernels: list[Kernel], state: dict[str, dict[str, Array]]) -> None:
+        self._plan, self._kernels = plan, kernels
+        self.state.update(state)
+
+    @property
+    def steps(self) -> int:
+        return int(self._plan.steps)
+
+    # ---- The step ----
+
+    def step(self, grads: Any = None, *, grad_scale: float = 1.0, zero_grads: bool = False) -> StepReport:
+        """Update the parameters in place.
+
+        Parameters
+        ----------
+        grads : same structure as `params`, optional
+            Gradients of the parameters' shapes; may be of another of the supported dtypes. Left out after :meth:`bind`.
+        grad_scale : float
+            Gradients are divided by this first: the loss scale, or the number of accumulated batches.
+        zero_grads : bool
+            Set the gradients to 0 afterwards, also if the step is skipped.
+
+        Returns
+        -------
+        StepReport
+
+        Raises
+        ------
+        NonFiniteGradientError
+            If a gradient holds inf or nan and ``nonfinite="raise"``.
+        TypeError, ValueError
+            If a gradient or hyper-parameter is not what it should be. Nothing has changed then.
+        """
+        grad_scale = _hyper.grad_scale(grad_scale, "grad_scale")
+        with self._lock:
+            steps = self._plan.steps
+            values = self._resolve(self.param_groups, steps)
+            clip_norm = _hyper.resolve("clip_norm", self.clip_norm, steps, "clip_norm")
+            self._prepare_plan(values, steps)
+            if grads is not None:
+                self._bind(grads)
+            if self._grads is None:
+                raise ValueError("grads: expected gradients, got none, and none are bound")
+            if zero_grads:
+                self._check_clearable()
+            for i, group_values in enumerate(values):
+                self._plan.set_group(i, group_values)
+            applied, grad_norm, clip_factor, bad = self._plan.step(
+                grad_scale=grad_scale, clip_norm=clip_norm, nonfinite=self.nonfinite, num_threads=self.num_threads
+            )
+            nonfinite = {self._names[i]: count for i, count in bad}
+            if not applied and self.nonfinite == "raise":
+                raise NonFiniteGradientError(nonfinite)
+            if zero_grads:
+                for grad in self._grads:
+                    grad[...] = 0
+            return StepReport(self._plan.steps, applied, grad_norm, clip_factor, nonfinite)
+
+    def bind(self, grads: Any) -> None:
+        """Use these gradient arrays from now on: later calls of :meth:`step` without gradients read what they then hold."""
+        with self._lock:
+            self._bind(grads)
+
+    def _bind(self, grads: Any) -> None:
+        if self._is_grouped:
+            grads = [grads] if isinstance(grads, Mapping) else list(grads)
+            if len(grads) != len(self._structures):
+                raise ValueError(f"grads: expected {len(self._structures)} groups, got {len(grads)}")
+            parts = [g["params"] if isinstance(g, Mapping) and set(g) == {"params"} else g for g in grads]
+        else:
+            parts = [grads]
+        self._bind_arrays([leaf for structure, part in zip(self._structures, parts) for leaf in structure.collect(part)])
+
+    def _bind_arrays(self, grads: list[Any]) -> None:
+        before, self._grads = self._grads, None
+        bad, moved = self._plan.bind(grads)
+        if bad >= 0:
+            # Not plain arrays of the right shapes: find out what they are, or what is wrong with them.
+            grads = [_arrays.as_gradient(grad, label) for label, grad in self._labelled("grads", grads)]
+            for (label, grad), param in zip(self._labelled("grads", grads), self._params):
+                if grad.shape != param.shape:
+                    raise ValueError(f"{label}: expected shape {param.shape}, got {grad.shape}")
+            self._plan.bind(grads)
+        if moved or bad >= 0 or before is None:
+            state = [(f"state[{name!r}][{key!r}]", a) for name, own in self.state.items() for key, a in own.items()]
+            _arrays.check_overlaps([*self._labelled("params", self._params), *state], self._labelled("grads", grads))
+        self._grads = grads
+
+    def _check_clearable(self) -> None:
+        for label, grad in self._labelled("grads", self._grads or []):
+            if not grad.flags.writeable:
+                raise ValueError(f"{label}: expected a writeable array for zero_grads=True, got a read-only one")
+
+    # ---- Saving and loading ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on later: copies of all state, the step number, the hyper-parameters that are numbers."""
+        with self._lock:
+            return {
+                "version": STATE_DICT_VERSION,
+                "rule": type(self).__name__,
+                "convention": self.convention,
+                "step": self._plan.steps,
+                "state": {name: {key: a.copy() for key, a in own.items()} for name, own in self.state.items()},
+                "param_groups": [
+                    {key: value for key, value in group.items() if key != "params" and not has_callable(value)}
+                    for group in self.param_groups
+                ],
+            }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Go on from a :meth:`state_dict`. Matched by name; everything is checked before anything changes.
+
+        Parameters
+        ----------
+        state_dict : mapping
+            Of an optimizer of the same rule and convention. Hyper-parameters that are callables here stay.
+        strict : bool
+            Whether the names must be the same on both sides; else those on both sides are loaded.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If rule, convention, version, names, shapes or dtypes do not fit. Nothing has changed then.
+        """
+        label = "state_dict"
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"{label}: expected a mapping, got {type(state_dict).__name__}")
+        for key in ("version", "rule", "convention", "step", "state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"{label}[{key!r}]: expected a value, got none")
+        for key, wanted in (
+            ("version", STATE_DICT_VERSION), ("rule", type(self).__name__), ("convention", self.convention),
+        ):  # fmt: skip
+            if state_dict[key] != wanted:
+                raise ValueError(f"{label}[{key!r}]: expected {wanted!r}, got {state_dict[key]!r}")
+        step = state_dict["step"]
+        if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 0:
+            raise ValueError(f"{label}['step']: expected a whole number >= 0, got {step!r}")
+        with self._lock:
+            groups = self._loaded_groups(state_dict["param_groups"], strict)
+            values = self._resolve(groups, int(step))
+            kernels = [self._kernel(v) for v in values]
+            state = self.state | self._loaded_states(state_dict["state"], kernels, strict)
+            plan = self._make_plan(kernels, state, int(step))
+            # From here on nothing fails.
+            self._adopt(plan, kernels, state)
+            for group, loaded in zip(self.param_groups, groups):
+                group.update(loaded)
+
+    def _loaded_groups(self, loaded: Any, strict: bool) -> list[dict[str, Any]]:
+        """The present groups with the hyper-parameters of the loaded ones."""
+        label = "state_dict['param_groups']"
+        names = [group["names"] for group in self.param_groups]
+        loaded_names = [list(group.get("names", ())) for group in loaded]
+        if strict and names != loaded_names:
+            raise ValueError(f"{label}: expected the names {names}, got {loaded_names}")
+        groups = [dict(group) for group in self.param_groups]
+        for group, given in zip(groups, loaded):
+            for key, value in given.items():
+                if key == "names":
+                    continue
+                if key not in self._group_defaults:
+                    raise ValueError(f"{label}: expected hyper-parameters of {type(self).__name__}, got {key!r}")
+                if not has_callable(group[key]):
+                    group[key] = value
+        return groups
+
+    def _loaded_states(self, loaded: Any, kernels: list[Kernel], strict: bool) -> dict[str, dict[str, Array]]:
+        """Copies of the loaded state arrays, checked."""
+        states = {}
+        for name in loaded:
+            if strict and name not in self.state:
+                raise ValueError(f"state_dict['state'][{name!r}]: expected a parameter's name, got a name that none has")
+        for name, param, group in zip(self._names, self._params, self._group_of):
+            if name not in loaded:
+                if strict:
+                    raise ValueError(f"state_dict['state'][{name!r}]: expected state arrays, got none")
+                continue
+            wanted = kernels[group].states
+            if set(loaded[name]) != set(wanted):
+                raise ValueError(
+                    f"state_dict['state'][{name!r}]: expected {sorted(wanted)}, got {sorted(loaded[name])}"
+                )
+            dtype = reference.compute_dtype(param.dtype)
+            states[name] = {}
+            for key in wanted:
+                label = f"state_dict['state'][{name!r}][{key!r}]"
+                array = _arrays.as_array(loaded[name][key], label)
+                if array.dtype != dtype:
+                    raise TypeError(f"{label}: expected dtype {dtype}, got {array.dtype}")
+                if array.shape != param.shape:
+                    raise ValueError(f"{label}: expected shape {param.shape}, got {array.shape}")
+                states[name][key] = array.copy(order="C")
+        return states
+
+    def __repr__(self) -> str:
+        groups = "".join(
+            f"\n  ({', '.join(f'{k}={v!r}' for k, v in group.items() if k not in ('params', 'names'))}) "
+            f"of {len(group['names'])} arrays, {sum(a.size for a in group['params']):,} elements"
+            for group in self.param_groups
+        )
+        return f"<{type(self).__name__} after {self.steps} steps{groups}>"
+
+
+def is_groups(params: Any) -> bool:
+    """Whether `params` is a sequence of groups."""
+    return (
+        isinstance(params, (list, tuple))
+        and len(params) > 0
+        and all(isinstance(item, Mapping) and "params" in item for item in params)
+    )
+
+
+def has_callable(value: Any) -> bool:
+    return callable(value) or (isinstance(value, (tuple, list)) and any(callable(v) for v in value))
+
+
+class SGD(Optimizer):
+    r"""Stochastic gradient descent, plain or with momentum.
+
+    .. math::
+
+        b_t &= \mu b_{t-1} + (1 - \tau) g_t \qquad (b_1 = g_1) \\
+        p_t &= p_{t-1} - \gamma \, d_t
+
+    with :math:`d = g` without momentum, :math:`d = b` with momentum and :math:`d = g + \mu b` with Nesterov momentum. With
+    all examples in each gradient this is batch gradient descent, with some of them mini-batch, with one stochastic.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`, outside the velocity.
+    momentum : float
+        :math:`\mu`; 0 keeps no state, anything else the state ``momentum_buffer``.
+    dampening : float
+        :math:`\tau`; the first step does not dampen.
+    nesterov : bool
+        Needs momentum and no dampening.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.array([1.0, -2.0], dtype=np.float32)
+    >>> opt = fs.SGD([w], lr=0.5, momentum=0.9)
+    >>> opt.step([w.copy()]).step
+    1
+    >>> w
+    array([ 0.5, -1. ], dtype=float32)
+
+    References
+    ----------
+    As ``torch.optim.SGD``; Polyak (1964); Sutskever et al., "On the importance of initialization and momentum in deep
+    learning" (2013).
+    """
+
+    _rule = staticmethod(reference.sgd)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        momentum: Hyper = 0.0,
+        dampening: Hyper = 0.0,
+        nesterov: bool = False,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov), options)
+
+    @staticmethod
+    def _check_hyper(values: Mapping[str, Any]) -> None:
+        if values["nesterov"] and not (values["momentum"] > 0 and values["dampening"] == 0):
+            raise ValueError("nesterov: expected momentum > 0 and dampening = 0 with it, got "
+                             f"momentum={values['momentum']}, dampening={values['dampening']}")  # fmt: skip
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if hyper["momentum"] != 0 else ()
+
+    @classmethod
+    def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
+        if not states:
+            return "sgd"
+        return "sgd_nesterov" if hyper["nesterov"] else "sgd_momentum"
+
+
+class Adagrad(Optimizer):
+    r"""Adagrad: steps shrink with the sum of squared gradients, element by element.
+
+    .. math::
+
+        s_t &= s_{t-1} + g_t^2 \\
+        p_t &= p_{t-1} - \frac{\gamma}{1 + (t - 1) \eta} \frac{g_t}{\sqrt{s_t} + \epsilon}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    lr_decay : float
+        :math:`\eta`.
+    initial_accumulator_value : float
+        What the state ``sum`` starts with.
+    eps : float
+        :math:`\epsilon`, outside the root.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.array([1.0, -2.0])
+    >>> opt = fs.Adagrad([w], lr=0.5)
+    >>> _ = opt.step([np.array([3.0, -1.0])])
+    >>> w
+    array([ 0.5, -1.5])
+
+    References
+    ----------
+    As ``torch.optim.Adagrad``; Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
+    Optimization" (2011).
+    """
+
+    _rule = staticmethod(reference.adagrad)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        *,
+        lr_decay: Hyper = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: Hyper = 1e-10,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        hyper = dict(lr=lr, lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, eps=eps)
+        super().__init__(params, hyper, options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("sum",)
+
+    @staticmethod
+    def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
+        return float(hyper["initial_accumulator_value"])
+
+
+class Adadelta(Optimizer):
+    r"""Adadelta: steps scaled by the ratio of the running sizes of past steps and gradients.
+
+    .. math::
+
+        v_t &= \rho v_{t-1} + (1 - \rho) g_t^2 \\
+        \Delta_t &= \frac{\sqrt{u_{t-1} + \epsilon}}{\sqrt{v_t + \epsilon}} g_t \\
+        u_t &= \rho u_{t-1} + (1 - \rho) \Delta_t^2 \\
+        p_t &= p_{t-1} - \gamma \Delta_t
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        :math:`\gamma`; 1 in the paper and in PyTorch, 0.001 in Keras.
+    rho : float
+        :math:`\rho`, of the states ``square_avg`` (:math:`v`) and ``acc_delta`` (:math:`u`).
+    eps : float
+        :math:`\epsilon`, inside both roots.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.Adadelta([w], eps=1.0, rho=0.0)
+    >>> _ = opt.step([np.array([0.0, 1e9])])
+    >>> w
+    array([ 0., -1.])
+
+    References
+    ----------
+    As ``torch.optim.Adadelta``; Zeiler, "ADADELTA: An Adaptive Learning Rate Method" (2012).
+    """
+
+    _rule = staticmethod(reference.adadelta)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1.0,
+        *,
+        rho: Hyper = 0.9,
+        eps: Hyper = 1e-6,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, rho=rho, eps=eps), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("square_avg", "acc_delta")
+
+
+class RMSprop(Optimizer):
+    r"""RMSprop: gradients divided by the root of their running mean square.
+
+    .. math::
+
+        v_t &= \alpha v_{t-1} + (1 - \alpha) g_t^2 \\
+        m_t &= m_{t-1} + (1 - \alpha) (g_t - m_{t-1}) \qquad \text{(centered)} \\
+        d_t &= \frac{g_t}{\sqrt{v_t} + \epsilon} \quad \text{or, centered,} \quad
+               \frac{g_t}{\sqrt{\max(v_t - m_t^2, 0)} + \epsilon} \\
+        b_t &= \mu b_{t-1} + d_t \qquad \text{(momentum)} \\
+        p_t &= p_{t-1} - \gamma d_t \quad \text{or} \quad p_{t-1} - \gamma b_t
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`, outside the momentum buffer.
+    alpha : float
+        :math:`\alpha`, of the states ``square_avg`` and, centered, ``grad_avg``.
+    eps : float
+        :math:`\epsilon`, outside the root.
+    momentum : float
+        :math:`\mu`; with the state ``momentum_buffer`` unless 0.
+    centered : bool
+        Divide by the running standard deviation instead.
+
+    Notes
+    -----
+    A variance :math:`v - m^2` that rounding makes negative, where PyTorch gives nan, counts as 0. The step is then as large
+    as `eps` allows: choose `eps` not too small with ``centered=True``.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.RMSprop([w], lr=0.5, alpha=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1])])
+    >>> w
+    array([-0.5       ,  0.49999995])
+
+    References
+    ----------
+    As ``torch.optim.RMSprop``; Tieleman and Hinton, lecture 6.5 (2012); centered: Graves, "Generating Sequences With
+    Recurrent Neural Networks" (2013).
+    """
+
+    _rule = staticmethod(reference.rmsprop)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        *,
+        alpha: Hyper = 0.99,
+        eps: Hyper = 1e-8,
+        momentum: Hyper = 0.0,
+        centered: bool = False,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, alpha=alpha, eps=eps, momentum=momentum, centered=centered), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        centered = ("grad_avg",) if hyper["centered"] else ()
+        momentum = ("momentum_buffer",) if hyper["momentum"] != 0 else ()
+        return ("square_avg", *centered, *momentum)
+
+    @classmethod
+    def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
+        centered = "_centered" if "grad_avg" in states else ""
+        momentum = "_momentum" if "momentum_buffer" in states else ""
+        return "rmsprop" + centered + momentum
+
+
+class Adam(Optimizer):
+    r"""Adam, and AMSGrad.
+
+    .. math::
+
+        m_t &= m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}) \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        p_t &= p_{t-1} - \frac{\gamma}{1 - \beta_1^t}
+               \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+    AMSGrad divides by the root of the largest :math:`v` so far.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
+    eps : float
+        :math:`\epsilon`, outside the corrected root.
+    amsgrad : bool
+        AMSGrad, with the further state ``max_exp_avg_sq``: the maximum of the uncorrected :math:`v`.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.Adam([w], lr=0.5, eps=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1])])
+    >>> w
+    array([-0.5,  0.5])
+
+    References
+    ----------
+    As ``torch.optim.Adam``; Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015); Reddi, Kale and Kumar, "On
+    the Convergence of Adam and Beyond" (2018).
+    """
+
+    _rule = staticmethod(reference.adam)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-8,
+        amsgrad: bool = False,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, amsgrad=amsgrad), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if hyper["amsgrad"] else ()))
+
+    @classmethod
+    def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
+        return "adam_amsgrad" if "max_exp_avg_sq" in states else "adam"
+
+
+class AdamW(Adam):
+    r"""Adam with decoupled weight decay: :math:`p \leftarrow (1 - \gamma \lambda) p` before each update.
+
+    The parameters are those of :class:`Adam`; ``weight_decay`` is 0.01 and ``decoupled_weight_decay`` True unless given.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.ones(2)
+    >>> opt = fs.AdamW({"w": w}, lr=0.5, weight_decay=0.25)
+    >>> _ = opt.step({"w": np.zeros(2)})
+    >>> w
+    array([0.875, 0.875])
+
+    References
+    ----------
+    As ``torch.optim.AdamW``; Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
+    """
+
+    _rule = staticmethod(reference.adamw)
+    _option_defaults: ClassVar[dict[str, Any]] = {"weight_decay": 1e-2, "decoupled_weight_decay": True}

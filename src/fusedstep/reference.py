@@ -1,0 +1,335 @@
+"""The specification: every rule in plain NumPy.
+
+Each function updates ``param`` and its state arrays in place. The functions of :mod:`fusedstep.kernels` have the same
+signatures and, by contract, give the same bits; ``fusedstep check`` compares them on your machine.
+
+Three conventions make equal bits possible:
+
+* Arithmetic is done in the compute type (float64 for float64 parameters, else float32), in the order written here.
+* Per-step scalars are computed in Python floats (double) and rounded once, when they meet an array.
+* Sums run in double over fixed blocks and lanes, combined pairwise: see :func:`sum_squares`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Array = NDArray[Any]
+
+__all__ = ["adadelta", "adagrad", "adam", "adamw", "rmsprop", "sgd"]
+
+
+class Stages(TypedDict, total=False):
+    """What can be done to a gradient before the rule sees it, in this order; the same for every rule."""
+
+    grad_scale: float
+    """Divide the gradient by this (default 1)."""
+    zero_nonfinite: bool
+    """Then count inf and nan as 0 (default False)."""
+    maximize: bool
+    """Then negate (default False)."""
+    clip_factor: float
+    """Then multiply by this (default 1)."""
+    clip_value: float | None
+    """Then bound every element to ``[-clip_value, clip_value]`` (default None: no bound)."""
+    weight_decay: float
+    """Then add ``weight_decay * param``; or, if decoupled, ``param *= 1 - lr * weight_decay`` (default 0)."""
+    decoupled_weight_decay: bool
+    """See ``weight_decay`` (default False)."""
+    l1: float
+    """Then add ``l1 * sign(param)`` (default 0)."""
+
+
+# ---- Storage and stages -------------------------------------------------------------------------------------------------
+
+
+def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type a parameter of this storage type is computed in."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def load_gradient(grad: Array, real: np.dtype[Any], grad_scale: float = 1.0, zero_nonfinite: bool = False) -> Array:
+    """A flat copy of the gradient in the compute type, as the norm sees it."""
+    g = grad.astype(real).reshape(-1)
+    if grad_scale != 1:
+        g /= grad_scale
+    if zero_nonfinite:
+        g[~np.isfinite(g)] = 0
+    return g
+
+
+def clip(g: Array, clip_factor: float, clip_value: float | None) -> None:
+    """Scale and bound a gradient in place."""
+    if clip_factor != 1:
+        g *= clip_factor
+    if clip_value is not None:
+        np.clip(g, -clip_value, clip_value, out=g)
+
+
+@contextmanager
+def operands(
+    param: Array,
+    grad: Array,
+    *states: Array | None,
+    lr: float,
+    grad_scale: float = 1.0,
+    zero_nonfinite: bool = False,
+    maximize: bool = False,
+    clip_factor: float = 1.0,
+    clip_value: float | None = None,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    l1: float = 0.0,
+) -> Iterator[list[Array]]:
+    """Flat arrays ``[p, g, *states]`` in the compute type for a rule to work on; what it leaves there is stored."""
+    real = compute_dtype(param.dtype)
+    stored = [param, *(state for state in states if state is not None)]
+    with np.errstate(all="ignore"):
+        p, *s = (array.astype(real).reshape(-1) for array in stored)
+        g = load_gradient(grad, real, grad_scale, zero_nonfinite)
+        if maximize:
+            g = -g
+        clip(g, clip_factor, clip_value)
+        if decoupled_weight_decay:
+            p *= 1 - lr * weight_decay
+        elif weight_decay != 0:
+            g += weight_decay * p
+        if l1 != 0:
+            g += l1 * np.sign(p)
+        yield [p, g, *s]
+        for array, run in zip(stored, [p, *s]):
+            array[...] = run.reshape(array.shape)
+
+
+def require_buffer(momentum_buffer: Array | None, momentum: float) -> None:
+    """Momentum without a buffer would silently be none."""
+    if momentum_buffer is None and momentum != 0:
+        raise ValueError(f"momentum_buffer: expected an array for momentum={momentum}, got none")
+
+
+# ---- Rules --------------------------------------------------------------------------------------------------------------
+
+
+def sgd(
+    param: Array,
+    grad: Array,
+    momentum_buffer: Array | None = None,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    **stages: Unpack[Stages],
+) -> None:
+    """Gradient descent, with momentum if ``momentum_buffer`` is given; see :class:`fusedstep.SGD`."""
+    require_buffer(momentum_buffer, momentum)
+    with operands(param, grad, momentum_buffer, lr=lr, **stages) as (p, g, *buffer):
+        if not buffer:
+            p -= lr * g
+            return
+        (b,) = buffer
+        undamped = 1 - dampening if step > 1 else 1.0
+        b[:] = momentum * b + undamped * g
+        p -= lr * (g + momentum * b if nesterov else b)
+
+
+def adagrad(
+    param: Array,
+    grad: Array,
+    sum: Array,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    lr_decay: float = 0.0,
+    eps: float = 1e-10,
+    **stages: Unpack[Stages],
+) -> None:
+    """Adagrad; see :class:`fusedstep.Adagrad`."""
+    with operands(param, grad, sum, lr=lr, **stages) as (p, g, s):
+        s += g * g
+        p -= lr / (1 + (step - 1) * lr_decay) * g / (np.sqrt(s) + eps)
+
+
+def adadelta(
+    param: Array,
+    grad: Array,
+    square_avg: Array,
+    acc_delta: Array,
+    *,
+    step: int,
+    lr: float = 1.0,
+    rho: float = 0.9,
+    eps: float = 1e-6,
+    **stages: Unpack[Stages],
+) -> None:
+    """Adadelta; see :class:`fusedstep.Adadelta`."""
+    with operands(param, grad, square_avg, acc_delta, lr=lr, **stages) as (p, g, v, u):
+        v[:] = rho * v + (1 - rho) * g * g
+        delta = np.sqrt(u + eps) / np.sqrt(v + eps) * g
+        u[:] = rho * u + (1 - rho) * delta * delta
+        p -= lr * delta
+
+
+def rmsprop(
+    param: Array,
+    grad: Array,
+    square_avg: Array,
+    grad_avg: Array | None = None,
+    momentum_buffer: Array | None = None,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    momentum: float = 0.0,
+    **stages: Unpack[Stages],
+) -> None:
+    """RMSprop, centered if ``grad_avg``, with momentum if ``momentum_buffer`` is given; see :class:`fusedstep.RMSprop`."""
+    require_buffer(momentum_buffer, momentum)
+    with operands(param, grad, square_avg, grad_avg, momentum_buffer, lr=lr, **stages) as (p, g, v, *others):
+        v[:] = alpha * v + (1 - alpha) * g * g
+        variance = v
+        if grad_avg is not None:
+            m = others.pop(0)
+            m += (1 - alpha) * (g - m)
+            variance = v - m * m
+            variance[variance < 0] = 0  # rounding; a NaN stays a NaN
+        direction = g / (np.sqrt(variance) + eps)
+        if momentum_buffer is not None:
+            (b,) = others
+            b[:] = direction = momentum * b + direction
+        p -= lr * direction
+
+
+def adam(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    max_exp_avg_sq: Array | None = None,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    **stages: Unpack[Stages],
+) -> None:
+    """Adam, or AMSGrad if ``max_exp_avg_sq`` is given; see :class:`fusedstep.Adam`."""
+    beta1, beta2 = betas
+    with operands(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, lr=lr, **stages) as (p, g, m, v, *v_max):
+        m += (1 - beta1) * (g - m)
+        v[:] = beta2 * v + (1 - beta2) * g * g
+        second_moment = v
+        if v_max:
+            v_max[0][:] = second_moment = np.where(v_max[0] > v, v_max[0], v)
+        step_size = lr / (1 - beta1**step)
+        rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
+        p -= step_size * m / (np.sqrt(second_moment) * rsqrt_correction2 + eps)
+
+
+def adamw(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    max_exp_avg_sq: Array | None = None,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    decoupled_weight_decay: bool = True,
+    **stages: Unpack[Stages],
+) -> None:
+    """Adam with decoupled weight decay; see :class:`fusedstep.AdamW`."""
+    stages["weight_decay"] = weight_decay
+    stages["decoupled_weight_decay"] = decoupled_weight_decay
+    adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, lr=lr, betas=betas, eps=eps, **stages)
+
+
+# ---- Norms --------------------------------------------------------------------------------------------------------------
+
+BLOCK = 1024
+LANES = 16
+
+# Squares of finite doubles may overflow or vanish: sums outside this range are taken again, scaled by 2**-(+-RESCUE).
+BIG_SUM, SMALL_SUM, RESCUE = 2.0**1000, 2.0**-900, 600
+
+
+def pairwise_sum(values: Array) -> float:
+    """Sum of a 1-d float64 array in a binary tree over neighbours, as if filled up with zeros."""
+    if values.size == 0:
+        return 0.0
+    while values.size > 1:
+        if values.size % 2:
+            values = np.append(values, 0.0)
+        values = values[0::2] + values[1::2]
+    return float(values[0])
+
+
+def sum_squares(g: Array, scale: float = 1.0) -> float:
+    """Sum of ``(scale * g)**2`` in double: lanes within blocks, lanes folded in halves, blocks pairwise."""
+    with np.errstate(all="ignore"):
+        padded = np.zeros(-(-g.size // BLOCK) * BLOCK)
+        padded[: g.size] = g.astype(np.float64) * scale
+        rows = (padded * padded).reshape(-1, BLOCK // LANES, LANES)
+        lanes = np.zeros((len(rows), LANES))
+        for k in range(BLOCK // LANES):
+            lanes += rows[:, k]
+        while lanes.shape[1] > 1:
+            half = lanes.shape[1] // 2
+            lanes = lanes[:, :half] + lanes[:, half:]
+        return pairwise_sum(lanes.reshape(-1))
+
+
+def scaled_sum_squares(g: Array) -> tuple[float, int]:
+    """Sum of squares as ``sum * 4**exponent``: no finite input overflows or vanishes; nan or inf for others."""
+    total = sum_squares(g)
+    if SMALL_SUM <= total <= BIG_SUM:
+        return total, 0
+    if not np.isfinite(g).all():
+        return (math.nan if np.isnan(g).any() else math.inf), 0
+    if g.dtype == np.float32:
+        return total, 0
+    if total > BIG_SUM:
+        return sum_squares(g, 2.0**-RESCUE), RESCUE
+    return sum_squares(g, 2.0**RESCUE), -RESCUE
+
+
+def ldexp(x: float, exponent: int) -> float:
+    """``x * 2**exponent``, inf where that is too large."""
+    try:
+        return math.ldexp(x, exponent)
+    except OverflowError:
+        return math.inf
+
+
+def combine(sums: list[tuple[float, int]], factors: list[float]) -> tuple[float, int]:
+    """Norm over arrays with these scaled sums of squares, each times its factor, as ``root * 2**exponent``."""
+    exponent = max((e for total, e in sums if total > 0), default=0)
+    squares = [ldexp(total * (f * f), 2 * (e - exponent)) for (total, e), f in zip(sums, factors)]
+    with np.errstate(all="ignore"):
+        return math.sqrt(pairwise_sum(np.array(squares))), exponent
+
+
+def clip_factor(root: float, exponent: int, max_norm: float | None) -> float:
+    """``min(1, max_norm / (norm + 1e-6))`` for ``norm = root * 2**exponent``."""
+    if max_norm is None:
+        return 1.0
+    norm = ldexp(root, exponent)
+    if math.isinf(norm) and math.isfinite(root):
+        factor = ldexp(max_norm / root, -exponent)
+    else:
+        factor = max_norm / (norm + 1e-6)
+    return 1.0 if factor >= 1 else factor
