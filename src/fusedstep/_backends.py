@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, Union
 
 import numpy as np
@@ -93,8 +95,7 @@ class ReferencePlan:
 
     def _update(self, i: int, param: Array, states: list[Array], factor: float, grad_scale: float, zero: bool) -> None:
         rule, state_names = self.rules[self.groups[i]]
-        wanted = {*inspect.signature(rule).parameters, *reference.Stages.__annotations__}
-        values = {key: value for key, value in self.values[self.groups[i]].items() if key in wanted}
+        values = {k: v for k, v in self.values[self.groups[i]].items() if k in keywords(rule)}
         values.update(grad_scale=grad_scale, clip_factor=factor, zero_nonfinite=zero)
         rule(param, self.grads[i], **dict(zip(state_names, states)), step=self.steps + 1, **values)
 
@@ -121,6 +122,12 @@ class ReferencePlan:
         factor = reference.clip_factor(*reference.combine(sums, factors), clip_norm)
         applied = not bad or nonfinite not in ("raise", "skip")
         return applied, grad_norm, [f * factor for f in factors], bad
+
+
+@functools.cache
+def keywords(rule: Callable[..., None]) -> set[str]:
+    """The hyper-parameters and options that a reference function takes."""
+    return {*inspect.signature(rule).parameters, *reference.Stages.__annotations__}
 
 
 def smallest(factors: list[float]) -> float:

@@ -1,0 +1,38 @@
+"""The command ``fusedstep``, also ``python -m fusedstep``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import check
+from .config import show_config
+from .demo import train
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fusedstep", description="Fused optimizer steps for NumPy arrays.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("info", help="versions, compiler, OpenMP, CPU levels, threads")
+    check_parser = commands.add_parser("check", help="compare the compiled kernels with the NumPy reference, bit for bit")
+    check_parser.add_argument("--thorough", action="store_true", help="more sizes, types and threads")
+    train_parser = commands.add_parser("train", help="train a perceptron on real data with any rule")
+    train.add_arguments(train_parser)
+    args = parser.parse_args(arguments)
+    try:
+        if args.command == "info":
+            show_config()
+            return 0
+        if args.command == "check":
+            return check.main(args.thorough)
+        return train.main(args)
+    except RuntimeError as error:  # no compiled kernels
+        print(f"fusedstep: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""All optimizers with settings that work, settings that must not, and settings to train with.
+
+Drives the tests, ``fusedstep check`` and ``fusedstep train``: whoever adds a rule adds one entry here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import optimizers
+from .optimizers import Optimizer
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What there is to know about one optimizer class."""
+
+    optimizer: type[Optimizer]
+    settings: list[dict[str, Any]]
+    """Hyper-parameters that between them reach every kernel of the rule."""
+    invalid: list[tuple[dict[str, Any], type[Exception], str]] = field(default_factory=list)
+    """Hyper-parameters that are refused, with the exception and its exact message."""
+    train: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings that suit ``fusedstep train``, by the name of the rule there."""
+    torch_name: str | None = None
+    """The optimizer of PyTorch that has the same equations and arguments."""
+
+
+ENTRIES = [
+    Entry(
+        optimizers.SGD,
+        settings=[
+            {},
+            {"lr": 0.1, "momentum": 0.9},
+            {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},
+            {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+        ],
+        invalid=[
+            ({"momentum": -0.1}, ValueError, "momentum: expected a finite number >= 0, got -0.1"),
+            ({"dampening": float("inf")}, ValueError, "dampening: expected a finite number, got inf"),
+            ({"nesterov": 1}, TypeError, "nesterov: expected True or False, got 1"),
+            (
+                {"nesterov": True},
+                ValueError,
+                "nesterov: expected momentum > 0 and dampening = 0 with it, got momentum=0.0, dampening=0.0",
+            ),
+        ],
+        train={
+            "sgd": {"lr": 0.1},
+            "momentum": {"lr": 0.05, "momentum": 0.9},
+            "nesterov": {"lr": 0.05, "momentum": 0.9, "nesterov": True},
+        },
+        torch_name="SGD",
+    ),
+    Entry(
+        optimizers.Adagrad,
+        settings=[{}, {"lr": 0.1, "lr_decay": 0.01, "initial_accumulator_value": 0.1, "eps": 1e-6}],
+        invalid=[
+            ({"lr_decay": -1}, ValueError, "lr_decay: expected a finite number >= 0, got -1"),
+            (
+                {"initial_accumulator_value": -0.5},
+                ValueError,
+                "initial_accumulator_value: expected a finite number >= 0, got -0.5",
+            ),
+        ],
+        train={"adagrad": {"lr": 0.03}},
+        torch_name="Adagrad",
+    ),
+    Entry(
+        optimizers.Adadelta,
+        settings=[{}, {"lr": 0.5, "rho": 0.95, "eps": 1e-4}],
+        invalid=[({"rho": 1.5}, ValueError, "rho: expected a number in [0, 1], got 1.5")],
+        train={"adadelta": {"lr": 1.0}},
+        torch_name="Adadelta",
+    ),
+    Entry(
+        optimizers.RMSprop,
+        settings=[
+            {},
+            {"momentum": 0.9},
+            {"centered": True, "eps": 1e-3},
+            {"alpha": 0.9, "centered": True, "eps": 1e-3, "momentum": 0.5},
+        ],
+        invalid=[
+            ({"alpha": -0.5}, ValueError, "alpha: expected a number in [0, 1], got -0.5"),
+            ({"centered": None}, TypeError, "centered: expected True or False, got None"),
+        ],
+        train={"rmsprop": {"lr": 1e-3}},
+        torch_name="RMSprop",
+    ),
+    Entry(
+        optimizers.Adam,
+        settings=[{}, {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6}, {"amsgrad": True}],
+        invalid=[
+            ({"betas": (0.9, 1.0)}, ValueError, "betas[1]: expected a number in [0, 1), got 1.0"),
+            ({"betas": 0.9}, TypeError, "betas: expected a pair of numbers, got 0.9"),
+            ({"eps": float("nan")}, ValueError, "eps: expected a finite number >= 0, got nan"),
+            ({"amsgrad": "no"}, TypeError, "amsgrad: expected True or False, got 'no'"),
+        ],
+        train={"adam": {"lr": 3e-3}, "amsgrad": {"lr": 3e-3, "amsgrad": True}},
+        torch_name="Adam",
+    ),
+    Entry(
+        optimizers.AdamW,
+        settings=[{}, {"weight_decay": 0.1, "amsgrad": True}],
+        train={"adamw": {"lr": 3e-3}},
+        torch_name="AdamW",
+    ),
+]
+
+# Refused for every rule.
+INVALID = [
+    ({"lr": -1.0}, ValueError, "lr: expected a finite number >= 0, got -1.0"),
+    ({"lr": float("nan")}, ValueError, "lr: expected a finite number >= 0, got nan"),
+    ({"lr": "fast"}, TypeError, "lr: expected a finite number >= 0, got 'fast'"),
+    ({"weight_decay": -0.1}, ValueError, "weight_decay: expected a finite number >= 0, got -0.1"),
+    ({"decoupled_weight_decay": 0}, TypeError, "decoupled_weight_decay: expected True or False, got 0"),
+    ({"l1": float("inf")}, ValueError, "l1: expected a finite number >= 0, got inf"),
+    ({"maximize": "yes"}, TypeError, "maximize: expected True or False, got 'yes'"),
+    ({"clip_norm": 0}, ValueError, "clip_norm: expected a finite number > 0 or None, got 0"),
+    ({"clip_value": -1}, ValueError, "clip_value: expected a finite number > 0 or None, got -1"),
+    ({"clip_norm_per_array": 0.0}, ValueError, "clip_norm_per_array: expected a finite number > 0 or None, got 0.0"),
+    (
+        {"nonfinite": "ignore"},
+        ValueError,
+        "nonfinite: expected one of 'raise', 'skip', 'zero', 'propagate', got 'ignore'",
+    ),
+    ({"convention": "caffe"}, ValueError, "convention: expected one of 'torch', got 'caffe'"),
+    ({"backend": "cuda"}, ValueError, "backend: expected one of 'c', 'reference', got 'cuda'"),
+    ({"num_threads": 0}, ValueError, "num_threads: expected at least 1, got 0"),
+    ({"num_threads": 2.0}, TypeError, "num_threads: expected a whole number, got 2.0"),
+]
+
+# Option sets that between them reach every stage of the engine, with any rule.
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"weight_decay": 0.1},
+    {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    {"l1": 0.01},
+    {"maximize": True},
+    {"clip_norm": 0.5},
+    {"clip_norm_per_array": 0.25},
+    {"clip_value": 0.1},
+    {"nonfinite": "zero"},
+    {"nonfinite": "propagate"},
+    {
+        "weight_decay": 0.1,
+        "l1": 0.01,
+        "maximize": True,
+        "clip_norm": 0.5,
+        "clip_norm_per_array": 0.25,
+        "clip_value": 0.1,
+        "nonfinite": "zero",
+    },
+]
+
+TRAIN: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    name: (entry.optimizer, settings) for entry in ENTRIES for name, settings in entry.train.items()
+}

@@ -1,0 +1,1 @@
+"""The ``fusedstep train`` command: a multilayer perceptron in NumPy on real data."""

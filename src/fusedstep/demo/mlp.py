@@ -1,0 +1,74 @@
+"""A multilayer perceptron with ReLU and softmax cross-entropy, in NumPy."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class MLP:
+    """Fully connected layers of these sizes; ``params`` and ``grads`` map ``w0, b0, w1, ...`` to arrays.
+
+    Hidden layers start with He's normal distribution, the last one with Xavier's (Glorot's) uniform one.
+    """
+
+    def __init__(self, sizes: list[int], dtype: Any, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.n_layers = len(sizes) - 1
+        self.params: dict[str, Array] = {}
+        for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:])):
+            if i < self.n_layers - 1:
+                weights = rng.normal(0.0, np.sqrt(2 / n_in), (n_in, n_out))
+            else:
+                bound = np.sqrt(6 / (n_in + n_out))
+                weights = rng.uniform(-bound, bound, (n_in, n_out))
+            self.params[f"w{i}"] = weights.astype(dtype)
+            self.params[f"b{i}"] = np.zeros(n_out, dtype)
+        self.grads = {name: np.zeros_like(array) for name, array in self.params.items()}
+
+    def forward(self, x: Array) -> list[Array]:
+        """Activations of all layers, the input first, the logits last."""
+        activations = [x]
+        for i in range(self.n_layers):
+            x = x @ self.params[f"w{i}"] + self.params[f"b{i}"]
+            if i < self.n_layers - 1:
+                np.maximum(x, 0, out=x)
+            activations.append(x)
+        return activations
+
+    def loss(self, x: Array, y: Array) -> float:
+        """Mean cross-entropy."""
+        log_p = log_softmax(self.forward(x)[-1])
+        return float(-log_p[np.arange(len(y)), y].mean())
+
+    def accuracy(self, x: Array, y: Array) -> float:
+        return float((self.forward(x)[-1].argmax(axis=1) == y).mean())
+
+    def backward(self, x: Array, y: Array) -> None:
+        """Fill ``grads`` with the gradients of the loss."""
+        activations = self.forward(x)
+        delta = np.exp(log_softmax(activations[-1]))
+        delta[np.arange(len(y)), y] -= 1
+        delta /= len(y)
+        for i in reversed(range(self.n_layers)):
+            np.matmul(activations[i].T, delta, out=self.grads[f"w{i}"])
+            np.sum(delta, axis=0, out=self.grads[f"b{i}"])
+            if i > 0:
+                delta = (delta @ self.params[f"w{i}"].T) * (activations[i] > 0)
+
+    def digest(self) -> str:
+        """SHA-256 of all parameters."""
+        sha = hashlib.sha256()
+        for array in self.params.values():
+            sha.update(np.ascontiguousarray(array).tobytes())
+        return sha.hexdigest()
+
+
+def log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

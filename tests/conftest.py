@@ -1,0 +1,63 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fusedstep as fs
+from fusedstep import _core, database
+
+LEVELS = [name for name, _, available in _core.levels() if available]
+
+SETTINGS = [(entry, settings) for entry in database.ENTRIES for settings in entry.settings]
+
+
+def setting_id(value: Any) -> str | None:
+    """Readable test ids for entries and settings."""
+    if isinstance(value, database.Entry):
+        return value.optimizer.__name__
+    if isinstance(value, dict):
+        return ",".join(f"{k}={v}" for k, v in value.items()) or "default"
+    if isinstance(value, type):
+        return value.__name__
+    return None
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    """Each CPU level of this machine in turn."""
+    before = _core.get_level()
+    _core.set_level(request.param)
+    yield request.param
+    _core.set_level(before)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(12345)
+
+
+def run(optimizer, params, grads_of_steps, **settings):
+    """Parameters and state after some steps, as one flat list; and the last report."""
+    opt = optimizer(params, **settings)
+    report = None
+    for grads in grads_of_steps:
+        report = opt.step(grads)
+    return [*params, *(a for own in opt.state.values() for a in own.values())], report
+
+
+def assert_same_bits(found, wanted):
+    """Equal element by element; nan equals nan, 0.0 is not -0.0."""
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(np.signbit(a[~np.isnan(a)]), np.signbit(b[~np.isnan(b)]))
+
+
+def snapshot(opt: fs.Optimizer, *arrays: np.ndarray) -> list[bytes]:
+    """Everything a step may change."""
+    states = [a.tobytes() for own in opt.state.values() for a in own.values()]
+    return [*(a.tobytes() for a in opt._params), *states, str(opt.steps).encode(), *(a.tobytes() for a in arrays)]
