@@ -12,11 +12,11 @@ The rules are the classes SGD, Adagrad, Adadelta, RMSprop, Adam and AdamW; :clas
 """
 
 from . import kernels, optimizers, reference
+from ._threads import get_num_threads, set_num_threads, threads
 from .clipping import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
 from .config import show_config
 from .errors import NonFiniteGradientError
 from .optimizers import *  # noqa: F403
-from .threads import get_num_threads, set_num_threads, threads
 
 __all__ = [
     "NonFiniteGradientError",

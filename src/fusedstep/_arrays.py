@@ -37,7 +37,8 @@ def as_array(value: Any, label: str) -> Array:
     except TypeError:
         pass
     except Exception as error:
-        raise TypeError(f"{label}: expected an array, got {type(value).__name__} that cannot be viewed as one: {error}") from error
+        kind = type(value).__name__
+        raise TypeError(f"{label}: expected an array, got {kind} that cannot be viewed as one: {error}") from error
     raise TypeError(f"{label}: expected an array, got {type(value).__name__}")
 
 
@@ -99,7 +100,7 @@ def byte_bounds(array: Array) -> tuple[int, int]:
 
 def overlap(a: Array, b: Array) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=MAX_OVERLAP_WORK)
+        return np.shares_memory(a, b, max_work=MAX_OVERLAP_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -145,9 +146,7 @@ class Structure:
             self.parts = None
             self.names, self.leaves = [path or str(first_index)], [tree]
         else:
-            self.parts = {
-                key: Structure(value, path=f"{path}.{key}" if path else key) for key, value in parts.items()
-            }
+            self.parts = {key: Structure(value, path=f"{path}.{key}" if path else key) for key, value in parts.items()}
             self.names = [name for part in self.parts.values() for name in part.names]
             self.leaves = [leaf for part in self.parts.values() for leaf in part.leaves]
         self.first_index = first_index

@@ -11,7 +11,7 @@ from typing import Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
-from . import reference
+from . import _arrays, reference
 
 Array = NDArray[Any]
 
@@ -50,7 +50,8 @@ class ReferencePlan:
 
     def bind(self, grads: list[Any]) -> tuple[int, bool]:
         for i, (param, grad) in enumerate(zip(self.params, grads)):
-            if not isinstance(grad, np.ndarray) or grad.shape != param.shape:
+            supported = isinstance(grad, np.ndarray) and _arrays.is_supported(grad.dtype) and grad.dtype.isnative
+            if not supported or grad.shape != param.shape:
                 return i, True
         self.grads = grads
         return -1, True
@@ -82,9 +83,7 @@ class ReferencePlan:
         _, grad_norm, factors, bad = self._measure(1.0, None, "raise")
         return True, grad_norm, smallest(factors), bad
 
-    def clip(
-        self, *, clip_norm: float | None = None, nonfinite: str = "raise", num_threads: int | None = None
-    ) -> Outcome:
+    def clip(self, *, clip_norm: float | None = None, nonfinite: str = "raise", num_threads: int | None = None) -> Outcome:
         applied, grad_norm, factors, bad = self._measure(1.0, clip_norm, nonfinite)
         if applied:
             for grad, factor, group in zip(self.grads, factors, self.groups):

@@ -20,7 +20,7 @@ class Gradients:
         if writeable:
             _arrays.check_overlaps(zip(labels, arrays))
         make = _backends.ReferencePlan if _backends.core is None else _backends.core.Plan
-        self.plan = make(arrays, [()] * len(arrays), [0] * len(arrays), [None])
+        self.plan: Any = make(arrays, [()] * len(arrays), [0] * len(arrays), [None])
         self.plan.bind(arrays)
         self.plan.set_group(0, clipping)
 
@@ -53,8 +53,8 @@ def global_norm(grads: Any) -> float:
     >>> fs.global_norm([np.array([3.0]), np.array([[4.0]])])
     5.0
     """
-    norm = Gradients(grads, writeable=False).plan.norm()[1]
-    return float(norm)
+    norm: float = Gradients(grads, writeable=False).plan.norm()[1]
+    return norm
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> float:

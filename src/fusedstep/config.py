@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import _backends
-from .threads import cgroup_cpus, get_num_threads
+from ._threads import cgroup_cpus, get_num_threads
 
 
 def config() -> dict[str, Any]:

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import optimizers
-from .optimizers import Optimizer
 
 
 @dataclass(frozen=True)
 class Entry:
     """What there is to know about one optimizer class."""
 
-    optimizer: type[Optimizer]
+    optimizer: type[Any]
     settings: list[dict[str, Any]]
     """Hyper-parameters that between them reach every kernel of the rule."""
     invalid: list[tuple[dict[str, Any], type[Exception], str]] = field(default_factory=list)
@@ -155,6 +154,6 @@ OPTIONS: list[dict[str, Any]] = [
     },
 ]
 
-TRAIN: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+TRAIN: dict[str, tuple[type[Any], dict[str, Any]]] = {
     name: (entry.optimizer, settings) for entry in ENTRIES for name, settings in entry.train.items()
 }

@@ -50,7 +50,7 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        values = STAGE_DEFAULTS | {name: given[name] for name in hyper_names} | given["stages"]
+        values = STAGE_DEFAULTS | optimizer._option_defaults | {name: given[name] for name in hyper_names} | given["stages"]
         for name, value in values.items():
             if name not in known:
                 raise TypeError(f"{rule.__name__}: unknown option {name!r}; it has {', '.join(known)}")

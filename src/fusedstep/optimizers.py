@@ -121,15 +121,15 @@ class Optimizer:
         # Show the common options in help() and in editors.
         own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name not in ("self", "options")]
         defaults = _hyper.OPTION_DEFAULTS | cls._option_defaults
-        options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in defaults.items()]
+        options = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in defaults.items()]
         cls.__signature__ = inspect.Signature(own + options)  # type: ignore[attr-defined]
 
-    def __init__(self, params: Any, hyper: dict[str, Any], options: Mapping[str, Any]) -> None:
+    def __init__(self, params: Any, hyper: dict[str, Any], options: _hyper.Options) -> None:
         known = _hyper.OPTION_DEFAULTS | self._option_defaults
         for name in options:
             if name not in known:
                 raise TypeError(f"{type(self).__name__}: unknown option {name!r}; it has {', '.join([*hyper, *known])}")
-        defaults = hyper | known | options
+        defaults = {**hyper, **known, **options}
         for name in _hyper.CHOICES:
             _hyper.check_choice(name, defaults[name])
         if defaults["num_threads"] is not None:
@@ -171,9 +171,7 @@ class Optimizer:
                 raise TypeError(f"{label}: unknown key {key!r}; a group has params, {', '.join(self._group_defaults)}")
         n_before = sum(len(structure.names) for structure in self._structures)
         structure = _arrays.Structure(group["params"], first_index=n_before)
-        arrays = [
-            _arrays.as_writeable(leaf, f"params[{name!r}]") for name, leaf in zip(structure.names, structure.leaves)
-        ]
+        arrays = [_arrays.as_writeable(leaf, f"params[{name!r}]") for name, leaf in zip(structure.names, structure.leaves)]
         self._structures.append(structure)
         own = {key: value for key, value in group.items() if key != "params"}
         self.param_groups.append({"params": arrays, "names": list(structure.names), **self._group_defaults, **own})
@@ -202,15 +200,22 @@ class Optimizer:
         kernels = [self._kernel(v) for v in values]
         if kernels == self._kernels:
             return
-        state = {name: dict(own) for name, own in self.state.items()}
+        state = self._completed(self.state, kernels, values)
+        self._adopt(self._make_plan(kernels, state, steps), kernels, state)
+
+    def _completed(
+        self, state: Mapping[str, Mapping[str, Array]], kernels: list[Kernel], values: list[dict[str, Any]]
+    ) -> dict[str, dict[str, Array]]:
+        """The state with the arrays that the kernels need and that are not there yet."""
+        completed = {name: dict(own) for name, own in state.items()}
         for name, param, group in zip(self._names, self._params, self._group_of):
             for key in kernels[group].states:
-                if key not in state[name]:
-                    state[name][key] = np.zeros(param.shape, reference.compute_dtype(param.dtype))
+                if key not in completed[name]:
+                    completed[name][key] = np.zeros(param.shape, reference.compute_dtype(param.dtype))
                     fill = self._initial_state(key, values[group])
                     if fill:
-                        state[name][key][...] = fill
-        self._adopt(self._make_plan(kernels, state, steps), kernels, state)
+                        completed[name][key][...] = fill
+        return completed
 
     def _make_plan(self, kernels: list[Kernel], state: dict[str, dict[str, Array]], steps: int) -> Any:
         states = [
@@ -369,7 +374,7 @@ class Optimizer:
             groups = self._loaded_groups(state_dict["param_groups"], strict)
             values = self._resolve(groups, int(step))
             kernels = [self._kernel(v) for v in values]
-            state = self.state | self._loaded_states(state_dict["state"], kernels, strict)
+            state = self._completed(self.state | self._loaded_states(state_dict["state"], kernels, strict), kernels, values)
             plan = self._make_plan(kernels, state, int(step))
             # From here on nothing fails.
             self._adopt(plan, kernels, state)
@@ -379,6 +384,8 @@ class Optimizer:
     def _loaded_groups(self, loaded: Any, strict: bool) -> list[dict[str, Any]]:
         """The present groups with the hyper-parameters of the loaded ones."""
         label = "state_dict['param_groups']"
+        if not isinstance(loaded, (list, tuple)) or not all(isinstance(group, Mapping) for group in loaded):
+            raise TypeError(f"{label}: expected a list of mappings, got {loaded!r}")
         names = [group["names"] for group in self.param_groups]
         loaded_names = [list(group.get("names", ())) for group in loaded]
         if strict and names != loaded_names:
@@ -396,7 +403,9 @@ class Optimizer:
 
     def _loaded_states(self, loaded: Any, kernels: list[Kernel], strict: bool) -> dict[str, dict[str, Array]]:
         """Copies of the loaded state arrays, checked."""
-        states = {}
+        if not isinstance(loaded, Mapping) or not all(isinstance(own, Mapping) for own in loaded.values()):
+            raise TypeError(f"state_dict['state']: expected a mapping of mappings, got {loaded!r}")
+        states: dict[str, dict[str, Array]] = {}
         for name in loaded:
             if strict and name not in self.state:
                 raise ValueError(f"state_dict['state'][{name!r}]: expected a parameter's name, got a name that none has")
@@ -407,9 +416,7 @@ class Optimizer:
                 continue
             wanted = kernels[group].states
             if set(loaded[name]) != set(wanted):
-                raise ValueError(
-                    f"state_dict['state'][{name!r}]: expected {sorted(wanted)}, got {sorted(loaded[name])}"
-                )
+                raise ValueError(f"state_dict['state'][{name!r}]: expected {sorted(wanted)}, got {sorted(loaded[name])}")
             dtype = reference.compute_dtype(param.dtype)
             states[name] = {}
             for key in wanted:

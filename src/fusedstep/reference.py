@@ -248,13 +248,11 @@ def adamw(
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 1e-2,
-    decoupled_weight_decay: bool = True,
     **stages: Unpack[Stages],
 ) -> None:
-    """Adam with decoupled weight decay; see :class:`fusedstep.AdamW`."""
-    stages["weight_decay"] = weight_decay
-    stages["decoupled_weight_decay"] = decoupled_weight_decay
+    """Adam with decoupled weight decay of 0.01 unless given; see :class:`fusedstep.AdamW`."""
+    stages.setdefault("weight_decay", 1e-2)
+    stages.setdefault("decoupled_weight_decay", True)
     adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, lr=lr, betas=betas, eps=eps, **stages)
 
 

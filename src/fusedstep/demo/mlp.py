@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ class MLP:
         rng = np.random.default_rng(seed)
         self.n_layers = len(sizes) - 1
         self.params: dict[str, Array] = {}
-        for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:])):
+        for i, (n_in, n_out) in enumerate(pairwise(sizes)):
             if i < self.n_layers - 1:
                 weights = rng.normal(0.0, np.sqrt(2 / n_in), (n_in, n_out))
             else:
@@ -71,4 +72,5 @@ class MLP:
 
 def log_softmax(logits: Array) -> Array:
     shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    log_p: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return log_p

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import database
+from .._hyper import at_least_0
 from ..errors import NonFiniteGradientError
 from ..progress import progress
 from .data import DataError, Dataset, load
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rules = ", ".join(database.TRAIN)
     parser.add_argument("--rule", default="adam", metavar="NAME", help=f"all, or one of {rules} (default: adam)")
     parser.add_argument("--data", metavar="DIR", help="folder of IDX files like MNIST's (default: the UCI digits)")
-    parser.add_argument("--epochs", type=positive, default=40, metavar="N", help="passes over the data at most (default: 40)")
+    parser.add_argument("--epochs", type=positive, default=40, metavar="N", help="passes over the data (default: 40)")
     parser.add_argument(
         "--batch-size",
         type=batch_size,
@@ -44,11 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="examples in a step: 1 is stochastic, 'full' is batch gradient descent (default: 32)",
     )
-    parser.add_argument("--lr", type=float, help="learning rate (default: one that suits the rule)")
+    parser.add_argument("--lr", type=learning_rate, help="learning rate (default: one that suits the rule)")
     parser.add_argument("--target-loss", type=float, metavar="LOSS", help="stop when the training loss is at most this")
     parser.add_argument("--hidden", type=positive, nargs="*", default=[128], metavar="N", help="sizes of hidden layers")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
-    parser.add_argument("--backend", choices=["c", "reference"], default="c", help="compiled kernels, or NumPy: the same bits")
+    parser.add_argument("--backend", choices=["c", "reference"], default="c", help="compiled or NumPy: the same bits")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of a step")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights and the order (default: 0)")
     parser.add_argument("--plot", metavar="FILE", help="PNG of the loss curves (default with --rule all: loss-curves.png)")
@@ -59,6 +60,13 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
     return value
+
+
+def learning_rate(text: str) -> float:
+    try:
+        return at_least_0(float(text), "lr")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def batch_size(text: str) -> int | None:
@@ -109,7 +117,7 @@ def train(args: argparse.Namespace, data: Dataset, rule: str) -> Run:
 
 
 def print_table(runs: list[Run]) -> None:
-    print(f"{'rule':10} {'epochs':>6} {'steps':>7} {'train loss':>10} {'test accuracy':>13} {'step time':>10} {'per step':>10}")
+    print(f"{'rule':10} epochs {'steps':>7} train loss test accuracy {'step time':>10} {'per step':>10}")
     for run in runs:
         per_step = run.step_seconds / run.steps * 1e6 if run.steps else math.nan
         print(

@@ -1,0 +1,191 @@
+"""The command line, as a person would use it."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+
+from fusedstep import __main__, _backends, _core, check, database
+from fusedstep.demo import data
+from fusedstep.demo.mlp import MLP
+
+
+def fusedstep(capsys, *arguments):
+    try:
+        status = __main__.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    out = capsys.readouterr()
+    return status, out.out + out.err
+
+
+def test_info(capsys):
+    status, text = fusedstep(capsys, "info")
+    assert status == 0
+    for word in ("fusedstep", "compiler", "flags", "openmp", "cpu levels compiled", "cpu level chosen", "threads"):
+        assert word in text
+
+
+def test_check(capsys, monkeypatch):
+    monkeypatch.setattr(check, "sizes", lambda thorough: [0, 1, 17, 1025])
+    monkeypatch.setattr(database, "ENTRIES", database.ENTRIES[:1])
+    status, text = fusedstep(capsys, "check")
+    assert status == 0
+    assert " 0 differ" in text
+    for name, _, available in _core.levels():
+        assert (f"\n{name} " in text) == available
+
+
+def test_check_notices_one_differing_bit(capsys, monkeypatch):
+    """A check that cannot fail is none."""
+    step = _core.Plan.step
+
+    class Plan(_core.Plan):
+        def __init__(self, params, *others):
+            self.first = params[-1]
+
+        def step(self, **options):
+            outcome = step(self, **options)
+            self.first[-1:] = np.nextafter(self.first[-1:], self.first.dtype.type(9))
+            return outcome
+
+    monkeypatch.setattr(check, "sizes", lambda thorough: [1, 17])
+    monkeypatch.setattr(check, "dtype_pairs", lambda: [(np.float32, np.float32)])
+    monkeypatch.setattr(database, "ENTRIES", database.ENTRIES[:1])
+    monkeypatch.setattr(_backends.core, "Plan", Plan)
+    status, text = fusedstep(capsys, "check")
+    assert status == 1
+    assert "FAILED SGD() float32, gradients float32; baseline, 1 threads: 1 of 18 differ" in text
+
+
+def digests(text):
+    return [line for line in text.splitlines() if "SHA-256" in line]
+
+
+def test_train_digests_are_the_references(capsys, tmp_path):
+    plot = tmp_path / "curves.png"
+    quick = ["--epochs", "2", "--hidden", "16", "--plot", str(plot)]
+    status, text = fusedstep(capsys, "train", "--rule", "all", *quick)
+    assert status == 0
+    assert len(digests(text)) == len(database.TRAIN) == len(set(digests(text)))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    status, other = fusedstep(capsys, "train", "--rule", "all", "--backend", "reference", *quick)
+    assert digests(other) == digests(text)
+
+
+def test_train_reaches_97_percent(capsys):
+    status, text = fusedstep(capsys, "train")
+    assert status == 0
+    accuracy = next(line for line in text.splitlines() if line.startswith("adam")).split()[4]
+    assert float(accuracy.rstrip("%")) >= 97
+
+
+@pytest.mark.parametrize("batch_size", ["1", "64", "full"])
+def test_batch_sizes(capsys, batch_size):
+    status, text = fusedstep(capsys, "train", "--rule", "sgd", "--epochs", "1", "--batch-size", batch_size)
+    assert status == 0
+    steps = next(line for line in text.splitlines() if line.startswith("sgd")).split()[2]
+    assert int(steps.replace(",", "")) == {"1": 1437, "64": 23, "full": 1}[batch_size]
+
+
+def test_train_stops_at_target_loss(capsys):
+    status, text = fusedstep(capsys, "train", "--target-loss", "0.5")
+    assert status == 0
+    assert "target loss reached after epoch" in text
+
+
+def test_train_says_when_the_loss_is_no_longer_finite(capsys):
+    status, text = fusedstep(capsys, "train", "--rule", "sgd", "--lr", "1e30")
+    assert status == 1
+    assert "sgd: the loss is no longer finite in epoch 1 with lr=1e+30: try a smaller --lr" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--rule", "adm"], "--rule: expected all or one of sgd, momentum,"),
+        (["train", "--data", "nowhere"], "nowhere: expected a folder of IDX files, got none there"),
+        (["train", "--epochs", "0"], "argument --epochs: expected at least 1, got 0"),
+        (["train", "--batch-size", "x"], "argument --batch-size: "),
+        (["train", "--lr", "-1"], "lr: expected a finite number >= 0, got -1.0"),
+        (["dance"], "invalid choice: 'dance'"),
+    ],
+)
+def test_mistakes(capsys, arguments, message):
+    status, text = fusedstep(capsys, *arguments)
+    assert status == 2
+    assert message in text
+    assert "Traceback" not in text
+
+
+# ---- IDX files ----
+
+
+def write_idx(path, array):
+    raw = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+
+
+@pytest.fixture
+def folder(tmp_path, rng):
+    for part, n in (("train", 60), ("t10k", 20)):
+        labels = rng.integers(3, size=n).astype(np.uint8)
+        images = np.zeros((n, 4, 4), np.uint8)
+        images[np.arange(n), labels, labels] = 255
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte", labels)
+    return tmp_path
+
+
+def test_train_on_idx_files(capsys, folder):
+    status, text = fusedstep(capsys, "train", "--data", str(folder), "--epochs", "30", "--batch-size", "10")
+    assert status == 0
+    assert "60 training and 20 test examples" in text
+    assert "100.00%" in text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "train-labels-idx1-ubyte").unlink(), "expected a file train-labels-idx1-ubyte or"),
+        (lambda d: (d / "train-labels-idx1-ubyte").write_bytes(b"hello"), "expected an IDX file of unsigned bytes"),
+        (lambda d: (d / "t10k-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8bxx"), "t10k-images-idx3-ubyte.gz: "),
+        (lambda d: write_idx(d / "train-labels-idx1-ubyte", np.zeros(59, np.uint8)), "expected as many train labels as"),
+        (
+            lambda d: (d / "train-labels-idx1-ubyte").write_bytes((d / "train-labels-idx1-ubyte").read_bytes()[:-1]),
+            "expected 60 bytes for shape (60,), got 59",
+        ),
+    ],
+)
+def test_damaged_idx_files(capsys, folder, spoil, message):
+    spoil(folder)
+    status, text = fusedstep(capsys, "train", "--data", str(folder))
+    assert status == 2
+    assert message in text
+
+
+# ---- The model ----
+
+
+def test_gradients_are_derivatives(rng):
+    model = MLP([5, 7, 6, 3], np.float64, seed=1)
+    x, y = rng.standard_normal((11, 5)), rng.integers(3, size=11)
+    model.backward(x, y)
+    for name, param in model.params.items():
+        for index in np.ndindex(param.shape):
+            old, h = param[index], 1e-6
+            param[index] = old + h
+            above = model.loss(x, y)
+            param[index] = old - h
+            below = model.loss(x, y)
+            param[index] = old
+            assert model.grads[name][index] == pytest.approx((above - below) / (2 * h), rel=1e-5, abs=1e-8)
+
+
+def test_digits_are_split_without_overlap():
+    digits = data.digits(np.float32)
+    train, test = {row.tobytes() for row in digits.train_x}, {row.tobytes() for row in digits.test_x}
+    assert (len(digits.train_x), len(digits.test_x)) == (1437, 360)
+    assert not train & test
+    assert digits.n_classes == 10

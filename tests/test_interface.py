@@ -1,0 +1,397 @@
+"""The public surface: structures, names, groups, schedules, reports, and every refusal with its message."""
+
+import array as array_module
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import setting_id, snapshot
+
+import fusedstep as fs
+from fusedstep import database, kernels, reference
+from fusedstep._hyper import OPTION_DEFAULTS
+
+BACKENDS = ["c", "reference"]
+
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
+
+
+# ---- Structures and names ----
+
+
+@pytest.mark.parametrize(
+    ("params", "names"),
+    [
+        (ones(3), ["0"]),
+        ([ones(3), ones(2)], ["0", "1"]),
+        ((ones(3), ones(2)), ["0", "1"]),
+        ({"w": ones(3), "b": ones(2)}, ["w", "b"]),
+        ({"a": {"w": ones(3), "b": ones(2)}, "c": [ones(1), ones(4)]}, ["a.w", "a.b", "c.0", "c.1"]),
+        ([{"params": [ones(3), ones(2)], "lr": 0.1}, {"params": [ones(4)]}], ["0", "1", "2"]),
+        ([{"params": {"w": ones(3)}}, {"params": {"b": ones(2)}, "weight_decay": 0.5}], ["w", "b"]),
+        ([{"params": ones(3)}, {"params": ones(2)}], ["0", "1"]),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_structures(params, names, backend):
+    opt = fs.Adam(params, backend=backend)
+    assert list(opt.state) == names
+    assert [name for group in opt.param_groups for name in group["names"]] == names
+    # Gradients of the same structure: here the parameters' own copies.
+    copied = copy_tree(params)
+    assert opt.step(copied) == (1, True, opt.step(copied).grad_norm, 1.0, {})
+
+
+def copy_tree(tree):
+    if isinstance(tree, np.ndarray):
+        return tree.copy()
+    if isinstance(tree, dict):
+        return {k: copy_tree(v) for k, v in tree.items() if k not in ("lr", "weight_decay")}
+    return type(tree)(copy_tree(v) for v in tree)
+
+
+def test_iterators_as_params_and_grads():
+    params = {"w": ones(3), "b": ones(2)}
+    opt = fs.SGD(params.values(), lr=1.0)
+    opt.step(iter([ones(3), ones(2)]))
+    assert not params["w"].any()
+    assert not params["b"].any()
+
+
+def test_groups_have_their_own_hyperparameters():
+    a, b = ones(3), ones(3)
+    opt = fs.SGD([{"params": [a], "lr": 0.5}, {"params": [b], "momentum": 0.9}], lr=0.25)
+    opt.step([[ones(3)], [ones(3)]])
+    assert a[0] == 0.5
+    assert b[0] == 0.75
+    assert list(opt.state["0"]) == []
+    assert list(opt.state["1"]) == ["momentum_buffer"]
+    opt.param_groups[0]["lr"] = 0.0
+    opt.param_groups[1]["lr"] = 0.0
+    opt.step([{"params": [ones(3)]}, {"params": [ones(3)]}])
+    assert a[0] == 0.5
+    assert b[0] == 0.75
+
+
+def test_momentum_switched_on_between_steps():
+    p = ones(3)
+    opt = fs.SGD([p], lr=0.5)
+    opt.step([ones(3)])
+    opt.param_groups[0]["momentum"] = 0.5
+    opt.step([ones(3)])
+    assert p[0] == 0.0
+    opt.step([ones(3)])
+    assert p[0] == -0.75
+    assert opt.steps == 3
+
+
+# ---- Hyper-parameters as functions of the step ----
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_callable_hyperparameters(backend):
+    seen = []
+
+    def lr(step):
+        seen.append(step)
+        return 0.5**step
+
+    p = ones(2)
+    opt = fs.SGD([p], lr=lr, clip_norm=lambda step: 10.0, backend=backend)
+    for _ in range(3):
+        opt.step([ones(2)])
+    assert p[0] == 1 - 1 - 0.5 - 0.25
+    assert sorted(set(seen)) == [0, 1, 2]
+    q = ones(2)
+    fs.Adam([q], betas=(lambda step: 0.9, 0.999), backend=backend).step([ones(2)])
+    fixed = ones(2)
+    fs.Adam([fixed], backend=backend).step([ones(2)])
+    np.testing.assert_array_equal(q, fixed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), -1.0, "x"])
+def test_callable_that_returns_nonsense_changes_nothing(backend, value):
+    p = ones(2)
+    opt = fs.Adam([p], lr=lambda step: 0.1 if step == 0 else value, backend=backend)
+    opt.step([ones(2)])
+    before = snapshot(opt)
+    with pytest.raises((TypeError, ValueError), match="^lr: expected a finite number >= 0, got"):
+        opt.step([ones(2)])
+    assert snapshot(opt) == before
+
+
+def test_callable_that_raises_changes_nothing():
+    p = ones(2)
+    opt = fs.Adam([p], lr=lambda step: 0.1 if step == 0 else 1 / 0)
+    opt.step([ones(2)])
+    before = snapshot(opt)
+    with pytest.raises(ZeroDivisionError):
+        opt.step([ones(2)])
+    assert snapshot(opt) == before
+
+
+# ---- Steps ----
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_report(backend):
+    opt = fs.SGD([np.zeros(2)], lr=1.0, clip_norm=1.0, backend=backend)
+    report = opt.step([np.array([3.0, 4.0])])
+    assert report.step == 1
+    assert report.applied
+    assert report.grad_norm == 5.0
+    assert report.clip_factor == 1 / (5 + 1e-6)
+    assert fs.SGD([np.zeros(2)], nonfinite="propagate", backend=backend).step([np.ones(2)]).grad_norm is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_never_changed(backend, rng):
+    for options in database.OPTIONS:
+        grad = rng.standard_normal(50)
+        before = grad.copy()
+        fs.Adam([rng.standard_normal(50)], backend=backend, **options).step([grad], grad_scale=2.0)
+        np.testing.assert_array_equal(grad, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_grads(backend):
+    p, g = ones(3), ones(3)
+    opt = fs.SGD([p], lr=0.5, nonfinite="skip", backend=backend)
+    opt.step([g], zero_grads=True)
+    assert p[0] == 0.5
+    assert not g.any()
+    g[1] = np.nan
+    assert not opt.step([g], zero_grads=True).applied
+    assert not g.any()
+    g.flags.writeable = False
+    with pytest.raises(
+        ValueError, match=r"^grads\['0'\]: expected a writeable array for zero_grads=True, got a read-only one$"
+    ):
+        opt.step([g], zero_grads=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bind(backend):
+    p, g = ones(3), np.zeros(3, np.float32)
+    opt = fs.SGD({"w": p}, lr=0.5, backend=backend)
+    with pytest.raises(ValueError, match="^grads: expected gradients, got none, and none are bound$"):
+        opt.step()
+    opt.bind({"w": g})
+    g[...] = 1
+    opt.step()
+    assert p[0] == 0.5
+    g[...] = 0
+    opt.step()
+    assert p[0] == 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grad_scale_divides(backend):
+    for scale in (3.0, 1024.0):
+        p, q = np.ones(100), np.ones(100)
+        g = np.linspace(-1, 1, 100)
+        fs.SGD([p], lr=0.1, backend=backend).step([g], grad_scale=scale)
+        fs.SGD([q], lr=0.1, backend=backend).step([g / scale])
+        np.testing.assert_array_equal(p, q)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_and_no_arrays(backend):
+    for params in ([], {}, [np.zeros((0, 3))], [np.zeros(())]):
+        opt = fs.Adam(params, backend=backend, clip_norm=1.0)
+        grads = {} if isinstance(params, dict) else [np.zeros_like(p) for p in params]
+        assert opt.step(grads).grad_norm == 0.0
+
+
+# ---- Anything that is a view ----
+
+
+def test_array_likes():
+    buffer = array_module.array("f", [1.0, 2.0])
+    opt = fs.SGD([buffer], lr=1.0)
+    opt.step([array_module.array("f", [1.0, 1.0])])
+    assert list(buffer) == [0.0, 1.0]
+
+    base = ones(2)
+    interface = SimpleNamespace(__array_interface__=base.__array_interface__, keep=base)
+    fs.SGD([interface], lr=1.0).step([ones(2)])
+    assert not base.any()
+
+    zero_d = np.array(1.0, np.float32)
+    fs.SGD([zero_d], lr=1.0).step([np.float32(0.5)])
+    assert zero_d == 0.5
+
+
+def test_torch_tensors():
+    torch = pytest.importorskip("torch")
+    p = torch.ones(3)
+    fs.SGD([p], lr=0.5).step([torch.ones(3)])
+    assert p[0] == 0.5
+    with pytest.raises(TypeError, match=r"^params\['0'\]: expected an array, got Parameter that cannot be viewed as one"):
+        fs.SGD([torch.nn.Parameter(p)])
+
+
+# ---- Refusals ----
+
+READ_ONLY = ones(3)
+READ_ONLY.flags.writeable = False
+SHARED = ones(10)
+
+BAD_PARAMS = [
+    ({"w1": READ_ONLY}, ValueError, "params['w1']: expected a writeable array, got a read-only one"),
+    ([1.0], TypeError, "params['0']: expected an array, got float"),
+    ([[1.0]], TypeError, "params['0.0']: expected an array, got float"),
+    ([np.float32(1)], TypeError, "params['0']: expected an array, got float32"),
+    (["w"], TypeError, "params['0']: expected an array, got str"),
+    (None, TypeError, "params['0']: expected an array, got NoneType"),
+    (
+        [np.zeros(3, int)],
+        TypeError,
+        "params['0']: expected dtype float32, float64, float16 or bfloat16, got int64",
+    ),
+    (
+        [np.zeros(3, complex)],
+        TypeError,
+        "params['0']: expected dtype float32, float64, float16 or bfloat16, got complex128",
+    ),
+    ([np.zeros(3, ">f4")], TypeError, "params['0']: expected native byte order, got >f4"),
+    ([np.ma.zeros(3)], TypeError, "params['0']: expected an array without a mask, got a masked array"),
+    (
+        {"a": SHARED[:6], "b": SHARED[5:]},
+        ValueError,
+        "params['a'] and params['b']: expected separate arrays, got arrays that share memory",
+    ),
+    (
+        [SHARED, SHARED],
+        ValueError,
+        "params['0'] and params['1']: expected separate arrays, got arrays that share memory",
+    ),
+    (
+        [np.lib.stride_tricks.as_strided(SHARED, (5, 3), (4, 4))],
+        ValueError,
+        "params['0']: expected elements of their own, got an array whose elements share memory",
+    ),
+    ([{"params": {"w": ones(1)}}, {"params": {"w": ones(1)}}], ValueError, "params['w']: expected names of their own, got one name twice"),
+    (
+        [{"params": ones(1), "learning_rate": 1}],
+        TypeError,
+        "param_groups[0]: unknown key 'learning_rate'; a group has params, lr, momentum, dampening, nesterov, weight_decay, "
+        "decoupled_weight_decay, l1, maximize, clip_value, clip_norm_per_array",
+    ),
+    ([{"params": ones(1), "lr": -1}], ValueError, "param_groups[0].lr: expected a finite number >= 0, got -1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("params", "error", "message"), BAD_PARAMS, ids=[message[:40] for _, _, message in BAD_PARAMS])
+def test_bad_params(params, error, message):
+    with pytest.raises(error) as caught:
+        fs.SGD(params)
+    assert str(caught.value) == message
+
+
+def test_interleaved_views_are_separate():
+    base = np.zeros(10)
+    fs.SGD([base[::2], base[1::2]], lr=1.0).step([np.ones(5), np.ones(5) * 2])
+    np.testing.assert_array_equal(base, [-1, -2] * 5)
+    strange = np.lib.stride_tricks.as_strided(base, (2, 2), (24, 16))  # offsets 0, 2, 3, 5: interleaved, not shared
+    fs.SGD([strange], lr=1.0).step([np.ones((2, 2))])
+    np.testing.assert_array_equal(base, [-2, -2, -2, -3, -1, -3, -1, -2, -1, -2])
+
+
+BAD_GRADS = [
+    (lambda p: None, ValueError, "grads: expected gradients, got none, and none are bound"),
+    (lambda p: [ones(3), ones(2)], TypeError, "grads: expected a mapping like the parameters', got list"),
+    (lambda p: {"w": ones(3)}, ValueError, "grads['b']: expected a gradient, got none"),
+    (
+        lambda p: {"w": ones(3), "b": ones(2), "c": ones(1)},
+        ValueError,
+        "grads['c']: expected a parameter's name, got a name that none has",
+    ),
+    (lambda p: {"w": ones(3), "b": ones(3)}, ValueError, "grads['b']: expected shape (2,), got (3,)"),
+    (lambda p: {"w": ones(3, 1), "b": ones(2)}, ValueError, "grads['w']: expected shape (3,), got (3, 1)"),
+    (lambda p: {"w": ones(3), "b": None}, TypeError, "grads['b']: expected an array, got NoneType"),
+    (
+        lambda p: {"w": ones(3), "b": np.ones(2, np.int32)},
+        TypeError,
+        "grads['b']: expected dtype float32, float64, float16 or bfloat16, got int32",
+    ),
+    (lambda p: {"w": ones(3).astype(">f4"), "b": ones(2)}, TypeError, "grads['w']: expected native byte order, got >f4"),
+    (
+        lambda p: {"w": p["w"], "b": ones(2)},
+        ValueError,
+        "params['w'] and grads['w']: expected separate arrays, got arrays that share memory",
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("make", "error", "message"), BAD_GRADS, ids=[message[:40] for _, _, message in BAD_GRADS])
+def test_bad_grads(make, error, message, backend):
+    params = {"w": ones(3), "b": ones(2)}
+    opt = fs.Adam(params, backend=backend)
+    before = snapshot(opt)
+    with pytest.raises(error) as caught:
+        opt.step(make(params))
+    assert str(caught.value) == message
+    assert snapshot(opt) == before
+    assert opt.step({"w": ones(3), "b": ones(2)}).step == 1
+
+
+def test_gradient_that_is_state():
+    opt = fs.SGD([np.ones(3)], momentum=0.9)
+    with pytest.raises(ValueError, match="share memory"):
+        opt.step([opt.state["0"]["momentum_buffer"]])
+
+
+def test_wrong_gradient_count():
+    opt = fs.SGD([ones(3), ones(2)])
+    with pytest.raises(ValueError, match="^grads: expected 2 arrays, got 1$"):
+        opt.step([ones(3)])
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, float("nan"), float("inf"), 1e-300, "1", True])
+def test_bad_grad_scale(bad):
+    p = ones(2)
+    with pytest.raises((TypeError, ValueError), match=r"^grad_scale: expected a number in \[1e-37, 1e37\], got"):
+        fs.SGD([p]).step([ones(2)], grad_scale=bad)
+    assert p[0] == 1
+
+
+INVALID = [(e, *case) for e in database.ENTRIES for case in [*e.invalid, *database.INVALID]]
+
+
+@pytest.mark.parametrize(("entry", "settings", "error", "message"), INVALID, ids=setting_id)
+def test_invalid_settings(entry, settings, error, message):
+    with pytest.raises(error) as caught:
+        entry.optimizer([ones(2)], **settings)
+    assert str(caught.value) == message
+
+
+def test_unknown_option():
+    with pytest.raises(
+        TypeError, match="^Adam: unknown option 'learning_rate'; it has lr, betas, eps, amsgrad, weight_decay, "
+    ):
+        fs.Adam([ones(2)], learning_rate=0.1)
+
+
+# ---- Signatures ----
+
+
+@pytest.mark.parametrize("entry", database.ENTRIES, ids=setting_id)
+def test_every_rule_has_every_option(entry):
+    parameters = inspect.signature(entry.optimizer).parameters
+    assert set(OPTION_DEFAULTS) <= set(parameters)
+    assert [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY] == ["params", "lr"]
+
+
+def test_kernels_have_the_references_signatures():
+    names = list(reference.__all__)
+    assert sorted(kernels.__all__) == sorted(names)
+    assert sorted({entry.optimizer._rule.__name__ for entry in database.ENTRIES}) == sorted(names)
+    for name in names:
+        assert inspect.signature(getattr(kernels, name)) == inspect.signature(getattr(reference, name))
+        assert getattr(kernels, name).__doc__ == getattr(reference, name).__doc__

@@ -1,0 +1,186 @@
+"""The reference itself, against independent truth: worked values, optax, PyTorch where installed, exact arithmetic."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import optax
+import pytest
+from conftest import SETTINGS, setting_id
+
+import fusedstep as fs
+from fusedstep import database, reference
+
+STEPS = 20
+
+
+def gradients_of(rng, shape):
+    return [rng.standard_normal(shape) for _ in range(STEPS)]
+
+
+def trajectory(optimizer, start, grads, **settings):
+    p = start.copy()
+    opt = optimizer([p], **settings, backend="reference")
+    for g in grads:
+        opt.step([g])
+    return p
+
+
+# Rounding apart the equations are the same; the order of operations differs. Worst seen: 3e-14.
+FLOAT64_TOLERANCE = dict(rtol=1e-12, atol=1e-14)
+
+OPTAX = {
+    "sgd": (fs.SGD, dict(lr=0.1), lambda: optax.sgd(0.1)),
+    "momentum": (fs.SGD, dict(lr=0.1, momentum=0.9), lambda: optax.sgd(0.1, momentum=0.9)),
+    "nesterov": (
+        fs.SGD,
+        dict(lr=0.1, momentum=0.9, nesterov=True),
+        lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    ),
+    "adadelta": (fs.Adadelta, dict(lr=0.5, rho=0.9, eps=1e-6), lambda: optax.adadelta(0.5, rho=0.9, eps=1e-6)),
+    "rmsprop": (
+        fs.RMSprop,
+        dict(lr=0.01, alpha=0.9, eps=1e-8),
+        lambda: optax.rmsprop(0.01, decay=0.9, eps=1e-8, eps_in_sqrt=False),
+    ),
+    "rmsprop centered": (
+        fs.RMSprop,
+        dict(lr=0.01, alpha=0.9, eps=1e-8, centered=True),
+        lambda: optax.rmsprop(0.01, decay=0.9, eps=1e-8, eps_in_sqrt=False, centered=True),
+    ),
+    "rmsprop momentum": (
+        fs.RMSprop,
+        dict(lr=0.01, alpha=0.9, eps=1e-8, momentum=0.9),
+        lambda: optax.rmsprop(0.01, decay=0.9, eps=1e-8, eps_in_sqrt=False, momentum=0.9),
+    ),
+    "adagrad": (
+        fs.Adagrad,  # optax has eps inside the root: compare without
+        dict(lr=0.1, initial_accumulator_value=0.1, eps=0.0),
+        lambda: optax.adagrad(0.1, initial_accumulator_value=0.1, eps=0.0),
+    ),
+    "adam": (fs.Adam, dict(lr=0.01), lambda: optax.adam(0.01)),
+    "adamw": (fs.AdamW, dict(lr=0.01, weight_decay=0.1), lambda: optax.adamw(0.01, weight_decay=0.1)),
+    "clip_norm": (
+        fs.SGD,
+        dict(lr=0.1, clip_value=0.3),
+        lambda: optax.chain(optax.clip(0.3), optax.sgd(0.1)),
+    ),
+    "l2": (
+        fs.Adam,
+        dict(lr=0.01, weight_decay=0.1),
+        lambda: optax.chain(optax.add_decayed_weights(0.1), optax.adam(0.01)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "settings", "make"), OPTAX.values(), ids=OPTAX)
+def test_against_optax(optimizer, settings, make, rng):
+    import jax
+
+    with jax.enable_x64(True):
+        start, grads = rng.standard_normal(50), gradients_of(rng, 50)
+        found = trajectory(optimizer, start, grads, **settings)
+        transform = make()
+        params = jax.numpy.asarray(start)
+        state = transform.init(params)
+        for g in grads:
+            updates, state = transform.update(jax.numpy.asarray(g), state, params)
+            params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(found, np.asarray(params), **FLOAT64_TOLERANCE)
+
+
+@pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
+@pytest.mark.parametrize("common", [{}, {"weight_decay": 0.1}, {"maximize": True, "weight_decay": 0.1}], ids=setting_id)
+def test_against_torch(entry, settings, common, rng):
+    torch = pytest.importorskip("torch")
+    start, grads = rng.standard_normal(50), gradients_of(rng, 50)
+    settings = {"lr": 0.01, **settings, **common}
+    found = trajectory(entry.optimizer, start, grads, **settings)
+    param = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    opt = getattr(torch.optim, entry.torch_name)([param], **settings)
+    for g in grads:
+        param.grad = torch.from_numpy(g.copy())
+        opt.step()
+    np.testing.assert_allclose(found, param.detach().numpy(), **FLOAT64_TOLERANCE)
+
+
+@pytest.mark.parametrize("entry", database.ENTRIES, ids=setting_id)
+def test_defaults_are_torchs(entry):
+    torch = pytest.importorskip("torch")
+    import inspect
+
+    theirs = inspect.signature(getattr(torch.optim, entry.torch_name)).parameters
+    for name, ours in inspect.signature(entry.optimizer).parameters.items():
+        if name in theirs and name != "params":
+            assert ours.default == theirs[name].default, name
+
+
+def test_clip_norm_against_torch(rng):
+    torch = pytest.importorskip("torch")
+    grads = [rng.standard_normal(shape) for shape in [(3, 4), (7,), ()]]
+    tensors = [torch.nn.Parameter(torch.zeros(g.shape, dtype=torch.float64)) for g in grads]
+    for tensor, g in zip(tensors, grads):
+        tensor.grad = torch.from_numpy(np.array(g))
+    theirs = torch.nn.utils.clip_grad_norm_(tensors, 0.5)
+    grads = [np.array(g) for g in grads]
+    assert fs.clip_by_global_norm(grads, 0.5) == pytest.approx(float(theirs), rel=1e-15)
+    for tensor, g in zip(tensors, grads):
+        np.testing.assert_allclose(g, tensor.grad.numpy(), rtol=1e-15)
+
+
+def test_worked_values():
+    """Two steps by hand, in exact fractions where the rule allows."""
+    p = np.array([1.0])
+    opt = fs.SGD([p], lr=0.5, momentum=0.5, dampening=0.25, backend="reference")
+    opt.step([np.array([2.0])])  # b = 2, p = 1 - 1
+    assert p[0] == 0.0
+    opt.step([np.array([4.0])])  # b = 0.5 * 2 + 0.75 * 4 = 4, p = 0 - 2
+    assert p[0] == -2.0
+
+    p = np.array([1.0])
+    opt = fs.SGD([p], lr=0.5, momentum=0.5, nesterov=True, backend="reference")
+    opt.step([np.array([2.0])])  # b = 2, d = 2 + 1
+    assert p[0] == -0.5
+
+    p = np.array([1.0])
+    opt = fs.Adagrad([p], lr=1.0, lr_decay=1.0, eps=0.0, backend="reference")
+    opt.step([np.array([3.0])])  # 3 / sqrt(9)
+    assert p[0] == 0.0
+    opt.step([np.array([4.0])])  # lr / 2 * 4 / sqrt(25)
+    assert p[0] == -0.4
+
+    # Kingma and Ba: with eps = 0 the first step is lr in size, whatever the gradient.
+    p = np.array([0.0, 0.0])
+    fs.Adam([p], lr=0.25, eps=0.0, backend="reference").step([np.array([1e-3, -1e3])])
+    np.testing.assert_allclose(p, [-0.25, 0.25], rtol=1e-15)
+
+    # Zeiler: the first step is sqrt(eps) / sqrt((1 - rho) g^2 + eps) g.
+    p = np.array([0.0])
+    fs.Adadelta([p], rho=0.75, eps=1.0, backend="reference").step([np.array([4.0])])
+    assert p[0] == pytest.approx(-4 / math.sqrt(5), rel=1e-15)
+
+    # Tieleman and Hinton: v = (1 - alpha) g^2.
+    p = np.array([0.0])
+    fs.RMSprop([p], lr=1.0, alpha=0.75, eps=0.0, backend="reference").step([np.array([-6.0])])
+    assert p[0] == 2.0
+
+
+def test_amsgrad_keeps_the_maximum():
+    p = np.array([0.0])
+    opt = fs.Adam([p], amsgrad=True, backend="reference")
+    for g in (10.0, 0.1, 0.1):
+        opt.step([np.array([g])])
+    assert opt.state["0"]["max_exp_avg_sq"][0] > opt.state["0"]["exp_avg_sq"][0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_norm_against_exact_sum(dtype, rng):
+    g = (rng.standard_normal(10_001) * 10.0 ** rng.uniform(-15, 15, 10_001)).astype(dtype)
+    exact = sum(Fraction(float(x)) ** 2 for x in g)
+    assert reference.sum_squares(g) == pytest.approx(float(exact), rel=1e-14)
+    assert fs.global_norm(g) == pytest.approx(math.sqrt(exact), rel=1e-14)
+
+
+def test_pairwise_sum_is_a_binary_tree():
+    values = np.array([1e16, 1.0, -1e16, 1.0, 1.0])
+    assert reference.pairwise_sum(values) == ((1e16 + 1.0) + (-1e16 + 1.0)) + 1.0

@@ -1,0 +1,180 @@
+"""Threads, forks, environment: each in a process of its own where the process is what matters."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import fusedstep as fs
+from fusedstep import _core, _threads
+
+N = 400_000  # enough for several threads
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a new interpreter."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_number_of_threads():
+    before = fs.get_num_threads()
+    assert before >= 1
+    with fs.threads(3):
+        assert fs.get_num_threads() == (3 if _core.openmp() else 1)
+        with fs.threads(None):
+            assert fs.get_num_threads() == before
+    assert fs.get_num_threads() == before
+    for bad, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="^n: expected"):
+            fs.set_num_threads(bad)
+    assert fs.get_num_threads() == before
+
+
+@pytest.mark.skipif(not _core.openmp(), reason="built without OpenMP: always one thread")
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [({"OMP_NUM_THREADS": "1"}, "1"), ({"OMP_NUM_THREADS": "3"}, "3"), ({"FUSEDSTEP_NUM_THREADS": "4"}, "4")],
+)
+def test_environment(environment, wanted):
+    done = python("import fusedstep as fs; print(fs.get_num_threads())", **environment)
+    assert done.returncode == 0, done.stderr
+    quota = _threads.cgroup_cpus()
+    assert done.stdout.strip() == (str(min(int(wanted), quota)) if quota and "OMP_NUM_THREADS" in environment else wanted)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x", ""])
+def test_bad_thread_environment(value):
+    done = python("import fusedstep", FUSEDSTEP_NUM_THREADS=value)
+    assert f"ValueError: FUSEDSTEP_NUM_THREADS: expected a whole number >= 1, got {value!r}" in done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name, _, available in _core.levels() if available])
+def test_forced_level(name):
+    done = python("from fusedstep import _core; print(_core.get_level())", FUSEDSTEP_CPU_LEVEL=name)
+    assert done.stdout.strip() == name
+
+
+def test_unknown_level_is_an_error():
+    done = python("import fusedstep", FUSEDSTEP_CPU_LEVEL="avx3")
+    assert "ValueError: FUSEDSTEP_CPU_LEVEL: expected baseline, avx2, avx512, got 'avx3'" in done.stderr
+
+
+def test_unavailable_level_is_an_error(monkeypatch):
+    monkeypatch.setenv("FUSEDSTEP_CPU_LEVEL", "avx2")
+    monkeypatch.setattr(_core, "levels", lambda: [("baseline", True, True), ("avx2", True, False)])
+    with pytest.raises(
+        ValueError, match=r"^FUSEDSTEP_CPU_LEVEL: expected a level of this machine \(baseline\), got 'avx2'$"
+    ):
+        _threads._start()
+
+
+def test_forked_child():
+    """libgomp hangs in a forked child after a parallel region in the parent."""
+    done = python(
+        f"""
+        import faulthandler, os, sys
+        import numpy as np, fusedstep as fs
+        faulthandler.dump_traceback_later(60, exit=True)
+        fs.set_num_threads(4)
+        p, g = np.ones({N}), np.ones({N})
+        opt = fs.Adam([p])
+        opt.step([g])
+        child = os.fork()
+        opt.step([g])
+        if child == 0:
+            assert fs.get_num_threads() == 1
+            sys.stdout.write(p.tobytes().hex()[:64])
+            os._exit(0) if sys.stdout.flush() is None else None
+        _, status = os.waitpid(child, 0)
+        assert status == 0 and fs.get_num_threads() == 4
+        print()
+        print(p.tobytes().hex()[:64])
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split()
+    assert first == second
+
+
+def test_multiprocessing_fork():
+    done = python(
+        f"""
+        import multiprocessing, warnings
+        import numpy as np, fusedstep as fs
+        warnings.simplefilter("ignore")
+        def work(seed):
+            p = np.random.default_rng(seed).standard_normal({N})
+            fs.Adam([p]).step([np.ones({N})])
+            return p[:10].tolist()
+        here = [work(seed) for seed in range(3)]
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            assert pool.map_async(work, range(3)).get(60) == here
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_threads_on_one_optimizer():
+    """Every step is whole: the result is that of the same number of steps, one after the other."""
+    p, q = np.ones(N), np.ones(N)
+    opt, serial = fs.SGD([p], lr=1e-3, momentum=0.9), fs.SGD([q], lr=1e-3, momentum=0.9)
+    grad = np.ones(N)
+
+    def work():
+        for _ in range(20):
+            opt.step([grad])
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for _ in range(40):
+        serial.step([grad])
+    assert opt.steps == 40
+    np.testing.assert_array_equal(p, q)
+
+
+def test_gil_is_released():
+    """Another thread goes on while a long step runs."""
+    opt = fs.Adam([np.ones(20_000_000, np.float32)], num_threads=1)
+    grad = np.ones(20_000_000, np.float32)
+    opt.step([grad])
+    ticks, running = 0, True
+
+    def count():
+        nonlocal ticks
+        while running:
+            ticks += 1
+            time.sleep(0)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    before = ticks
+    opt.step([grad])
+    during = ticks - before
+    running = False
+    counter.join()
+    assert during > 10
+
+
+def test_beside_blas(rng):
+    """NumPy's threaded BLAS and a parallel step in turn."""
+    p, g = np.ones(N), np.ones(N)
+    opt = fs.Adam([p])
+    a = rng.standard_normal((300, 300))
+    for _ in range(5):
+        a @ a
+        opt.step([g])
+    assert opt.steps == 5
