@@ -122,9 +122,20 @@ static void run_pass(const fs_pass *pass)
 #ifdef _OPENMP
     const int n_threads = fs_threads_for(pass->plan->n_elements, pass->options->n_threads);
     if (n_threads > 1) {
-        /* The team may be smaller than asked for, e.g. inside another parallel region. */
+        const long long start = fs_clock();
+        long long own_share = 0;
+        int team = 1;
 #pragma omp parallel num_threads(n_threads)
-        run_part(pass, (size_t)omp_get_thread_num(), (size_t)omp_get_num_threads());
+        {
+            const long long own_start = fs_clock();
+            /* The team may be smaller than asked for, e.g. inside another parallel region. */
+            run_part(pass, (size_t)omp_get_thread_num(), (size_t)omp_get_num_threads());
+            if (omp_get_thread_num() == 0) {
+                team = omp_get_num_threads();
+                own_share = fs_clock() - own_start;
+            }
+        }
+        fs_threads_learn(team, start, own_share);
         return;
     }
 #endif

@@ -46,4 +46,8 @@ void fs_rule_prepare(int rule, const double *hyper, double step, double *coefs);
 /* How many threads a pass over this many elements should use. `asked` is 0 for the default. */
 int fs_threads_for(size_t n_elements, int asked);
 
+/* Tell how a pass with several threads went: when it started, and how long the calling thread worked on its own share. */
+void fs_threads_learn(int n_threads, long long start, long long own_share);
+long long fs_clock(void);    /* nanoseconds */
+
 #endif

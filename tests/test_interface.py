@@ -1,6 +1,7 @@
 """The public surface: structures, names, groups, schedules, reports, and every refusal with its message."""
 
 import array as array_module
+import copy
 import inspect
 from types import SimpleNamespace
 
@@ -275,6 +276,7 @@ BAD_PARAMS = [
         ValueError,
         "params['0']: expected elements of their own, got an array whose elements share memory",
     ),
+    ({1: ones(1), "1": ones(1)}, ValueError, "params: expected names of their own, got some twice in [1, '1']"),
     ([{"params": {"w": ones(1)}}, {"params": {"w": ones(1)}}], ValueError, "params['w']: expected names of their own, got one name twice"),
     (
         [{"params": ones(1), "learning_rate": 1}],
@@ -339,6 +341,68 @@ def test_bad_grads(make, error, message, backend):
     assert str(caught.value) == message
     assert snapshot(opt) == before
     assert opt.step({"w": ones(3), "b": ones(2)}).step == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_refused_gradients_leave_the_bound_ones(backend):
+    p = ones(3)
+    opt = fs.SGD([p], lr=0.5, backend=backend)
+    opt.bind([ones(3)])
+    with pytest.raises(ValueError, match="shape"):
+        opt.step([ones(4)])
+    with pytest.raises(ValueError, match="share memory"):
+        opt.step([p])
+    opt.step()
+    assert p[0] == 0.5
+
+
+def test_moved_gradient_is_checked_again():
+    """A view that begins where the last one did, but reaches into the parameter."""
+    base = np.zeros(20)
+    opt = fs.SGD([base[10:]], lr=1.0)
+    opt.step([base[:10]])
+    with pytest.raises(ValueError, match="share memory"):
+        opt.step([base[::2]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameter_made_read_only_later(backend):
+    p = ones(3)
+    opt = fs.SGD({"w": p}, backend=backend)
+    p.flags.writeable = False
+    with pytest.raises(ValueError, match=r"^params\['w'\]: expected a writeable array, got a read-only one$"):
+        opt.step({"w": ones(3)})
+    assert p[0] == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_subclasses_of_ndarray(backend, tmp_path):
+    class Special(np.ndarray):
+        pass
+
+    base = np.ones((3, 4), np.float32)
+    fs.SGD([base.view(Special)], lr=0.5, backend=backend).step([np.ones_like(base).view(Special)])
+    assert (base == 0.5).all()
+    mapped = np.memmap(tmp_path / "p", np.float32, "w+", shape=(5,))
+    fs.SGD([mapped], lr=1.0, backend=backend).step([np.ones(5)])
+    assert (mapped == -1).all()
+    with pytest.raises(TypeError, match=r"^grads\['0'\]: expected an array without a mask, got a masked array$"):
+        fs.SGD([mapped], backend=backend).step([np.ma.ones(5)])
+
+
+def test_policy_edited_to_nonsense():
+    p = ones(2)
+    opt = fs.SGD([p])
+    opt.nonfinite = "ignore"
+    with pytest.raises(ValueError, match="^nonfinite: expected one of 'raise', 'skip', 'zero', 'propagate', got 'ignore'$"):
+        opt.step([ones(2)])
+
+
+def test_no_copies():
+    with pytest.raises(
+        TypeError, match=r"^Adam belongs to its arrays and cannot be copied or pickled: use its state_dict\(\)$"
+    ):
+        copy.deepcopy(fs.Adam([ones(2)]))
 
 
 def test_gradient_that_is_state():

@@ -26,7 +26,7 @@ def as_array(value: Any, label: str) -> Array:
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{label}: expected an array without a mask, got a masked array")
     if isinstance(value, np.ndarray):
-        return value
+        return np.asarray(value)  # of a subclass, its plain view
     try:
         if hasattr(value, "__array_interface__") and not isinstance(value, np.generic):
             return np.asarray(value)
@@ -126,7 +126,10 @@ def check_overlaps(written: Iterable[tuple[str, Array]], read: Iterable[tuple[st
 def branches(tree: Any, first_index: int = 0) -> dict[str, Any] | None:
     """The named parts of a mapping or sequence; None for anything else, which is a leaf."""
     if isinstance(tree, Mapping):
-        return {str(key): value for key, value in tree.items()}
+        parts = {str(key): value for key, value in tree.items()}
+        if len(parts) < len(tree):
+            raise ValueError(f"params: expected names of their own, got some twice in {list(tree)}")
+        return parts
     if isinstance(tree, (list, tuple, ValuesView, Iterator)):
         return {str(index): value for index, value in enumerate(tree, first_index)}
     return None

@@ -50,11 +50,14 @@ class ReferencePlan:
 
     def bind(self, grads: list[Any]) -> tuple[int, bool]:
         for i, (param, grad) in enumerate(zip(self.params, grads)):
-            supported = isinstance(grad, np.ndarray) and _arrays.is_supported(grad.dtype) and grad.dtype.isnative
+            supported = type(grad) is np.ndarray and _arrays.is_supported(grad.dtype) and grad.dtype.isnative
             if not supported or grad.shape != param.shape:
                 return i, True
         self.grads = grads
         return -1, True
+
+    def first_read_only(self) -> int:
+        return next((i for i, param in enumerate(self.params) if not param.flags.writeable), -1)
 
     def set_group(self, index: int, values: dict[str, Any]) -> None:
         self.values[index] = values

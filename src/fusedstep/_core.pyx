@@ -221,6 +221,17 @@ cdef bint same_shape(cnp.ndarray a, cnp.ndarray b):
     return True
 
 
+cdef bint same_memory(cnp.ndarray a, cnp.ndarray b):
+    """Whether two arrays of one shape have their elements at the same places."""
+    cdef int d
+    if cnp.PyArray_DATA(a) != cnp.PyArray_DATA(b) or cnp.PyArray_TYPE(a) != cnp.PyArray_TYPE(b):
+        return False
+    for d in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_STRIDE(a, d) != cnp.PyArray_STRIDE(b, d):
+            return False
+    return True
+
+
 cdef class Plan:
     """Which arrays a step updates, with which rule; and the steps themselves.
 
@@ -282,16 +293,25 @@ cdef class Plan:
         cdef cnp.ndarray grad
         for i in range(self.plan.n_arrays):
             candidate = grads[i]
-            if not isinstance(candidate, cnp.ndarray):
+            if not cnp.PyArray_CheckExact(candidate):
                 return <Py_ssize_t>i, moved
             grad = <cnp.ndarray>candidate
             if dtype_code(grad) < 0 or not same_shape(grad, self.params[i]):
                 return <Py_ssize_t>i, moved
-            if self.grads[i] is None or cnp.PyArray_DATA(grad) != cnp.PyArray_DATA(self.grads[i]):
+            if self.grads[i] is None or not same_memory(grad, self.grads[i]):
                 moved = True
-            set_view(&self.plan.arrays[i].grad, grad)
-            self.grads[i] = grad
+                self.grads[i] = None    # in case the next line fails
+                set_view(&self.plan.arrays[i].grad, grad)
+                self.grads[i] = grad
         return -1, moved
+
+    def first_read_only(self):
+        """The index of the first parameter that cannot be written; -1 if there is none."""
+        cdef size_t i
+        for i in range(self.plan.n_arrays):
+            if not cnp.PyArray_ISWRITEABLE(self.params[i]):
+                return <Py_ssize_t>i
+        return -1
 
     def set_group(self, size_t index, dict values):
         """Set the hyper-parameters of a group, from their public names."""

@@ -37,7 +37,7 @@ def sizes(thorough: bool) -> list[int]:
     """Odd sizes around vectors, blocks and the share of a thread."""
     if thorough:
         return [*range(131), 1023, 1024, 1025, 5003, 200_003]
-    return [0, 1, 3, 7, 16, 17, 33, 65, 127, 1023, 1025, 5003, 30_011]
+    return [0, 1, 3, 7, 16, 17, 33, 65, 127, 1023, 1025, 5003, 61_007]
 
 
 def lay_out(values: Array, layout: int) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -151,9 +152,9 @@ class Optimizer:
         self._names = [name for group in self.param_groups for name in group["names"]]
         self._params = [array for group in self.param_groups for array in group["params"]]
         self._group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
-        repeated = next((name for i, name in enumerate(self._names) if name in self._names[:i]), None)
-        if repeated is not None:
-            raise ValueError(f"params[{repeated!r}]: expected names of their own, got one name twice")
+        repeated = [name for name, count in Counter(self._names).items() if count > 1]
+        if repeated:
+            raise ValueError(f"params[{repeated[0]!r}]: expected names of their own, got one name twice")
         _arrays.check_overlaps(self._labelled("params", self._params))
         _hyper.resolve("clip_norm", self.clip_norm, 0, "clip_norm")
 
@@ -265,6 +266,7 @@ class Optimizer:
             If a gradient or hyper-parameter is not what it should be. Nothing has changed then.
         """
         grad_scale = _hyper.grad_scale(grad_scale, "grad_scale")
+        _hyper.check_choice("nonfinite", self.nonfinite)
         with self._lock:
             steps = self._plan.steps
             values = self._resolve(self.param_groups, steps)
@@ -274,6 +276,9 @@ class Optimizer:
                 self._bind(grads)
             if self._grads is None:
                 raise ValueError("grads: expected gradients, got none, and none are bound")
+            read_only = self._plan.first_read_only()
+            if read_only >= 0:
+                raise ValueError(f"params[{self._names[read_only]!r}]: expected a writeable array, got a read-only one")
             if zero_grads:
                 self._check_clearable()
             for i, group_values in enumerate(values):
@@ -305,18 +310,23 @@ class Optimizer:
         self._bind_arrays([leaf for structure, part in zip(self._structures, parts) for leaf in structure.collect(part)])
 
     def _bind_arrays(self, grads: list[Any]) -> None:
-        before, self._grads = self._grads, None
-        bad, moved = self._plan.bind(grads)
-        if bad >= 0:
-            # Not plain arrays of the right shapes: find out what they are, or what is wrong with them.
-            grads = [_arrays.as_gradient(grad, label) for label, grad in self._labelled("grads", grads)]
-            for (label, grad), param in zip(self._labelled("grads", grads), self._params):
-                if grad.shape != param.shape:
-                    raise ValueError(f"{label}: expected shape {param.shape}, got {grad.shape}")
-            self._plan.bind(grads)
-        if moved or bad >= 0 or before is None:
-            state = [(f"state[{name!r}][{key!r}]", a) for name, own in self.state.items() for key, a in own.items()]
-            _arrays.check_overlaps([*self._labelled("params", self._params), *state], self._labelled("grads", grads))
+        try:
+            bad, moved = self._plan.bind(grads)
+            if bad >= 0:
+                # Not plain arrays of the right shapes: find out what they are, or what is wrong with them.
+                grads = [_arrays.as_gradient(grad, label) for label, grad in self._labelled("grads", grads)]
+                for (label, grad), param in zip(self._labelled("grads", grads), self._params):
+                    if grad.shape != param.shape:
+                        raise ValueError(f"{label}: expected shape {param.shape}, got {grad.shape}")
+                _, moved_too = self._plan.bind(grads)
+                moved = moved or moved_too
+            if moved:
+                state = [(f"state[{name!r}][{key!r}]", a) for name, own in self.state.items() for key, a in own.items()]
+                _arrays.check_overlaps([*self._labelled("params", self._params), *state], self._labelled("grads", grads))
+        except BaseException:
+            if self._grads is not None:
+                self._plan.bind(self._grads)  # what was bound before stays bound
+            raise
         self._grads = grads
 
     def _check_clearable(self) -> None:
@@ -428,6 +438,9 @@ class Optimizer:
                     raise ValueError(f"{label}: expected shape {param.shape}, got {array.shape}")
                 states[name][key] = array.copy(order="C")
         return states
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} belongs to its arrays and cannot be copied or pickled: use its state_dict()")
 
     def __repr__(self) -> str:
         groups = "".join(
