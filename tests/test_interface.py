@@ -89,6 +89,28 @@ def test_momentum_switched_on_between_steps():
     assert opt.steps == 3
 
 
+def test_edited_hyperparameters_count_from_the_next_step():
+    p = ones(2)
+    opt = fs.SGD([p], lr=np.array(0.5), momentum=0.0)
+    opt.step([ones(2)])
+    opt.param_groups[0]["lr"][...] = 0.25  # in place
+    opt.step([ones(2)])
+    assert p[0] == 0.25
+    opt.param_groups[0]["lr"] = np.array([1.0, 2.0])
+    with pytest.raises(TypeError, match=r"^lr: expected a finite number >= 0, got array\(\[1., 2.\]\)$"):
+        opt.step([ones(2)])
+    betas = [0.5, 0.5]
+    q, wanted = ones(2), ones(2)
+    opt, other = fs.Adam([q], betas=betas), fs.Adam([wanted], betas=(0.5, 0.5))
+    for o in (opt, other):
+        o.step([ones(2)])
+    betas[0] = 0.9
+    other.param_groups[0]["betas"] = (0.9, 0.5)
+    for o in (opt, other):
+        o.step([ones(2) * 3])
+    np.testing.assert_array_equal(q, wanted)
+
+
 # ---- Hyper-parameters as functions of the step ----
 
 

@@ -53,7 +53,10 @@ CHOICES = {
 def number(value: Any, label: str, wanted: str, accept: Callable[[float], bool]) -> float:
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
         raise TypeError(f"{label}: expected {wanted}, got {value!r}")
-    result = float(value)
+    try:
+        result = float(value)
+    except (TypeError, ValueError):  # an array of several numbers, for example
+        raise TypeError(f"{label}: expected {wanted}, got {value!r}") from None
     if not (math.isfinite(result) and accept(result)):
         raise ValueError(f"{label}: expected {wanted}, got {value!r}")
     return result

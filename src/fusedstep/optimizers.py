@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -161,6 +162,8 @@ class Optimizer:
         self.state: dict[str, dict[str, Array]] = {name: {} for name in self._names}
         self._lock = threading.Lock()
         self._grads: list[Array] | None = None  # bound for the next steps
+        self._resolved: dict[int, tuple[list[Any], dict[str, Any]]] = {}  # hyper-parameters as given, and checked
+        self._in_plan: list[dict[str, Any]] = []  # those the plan has
         self._kernels: list[Kernel] = []
         self._plan: Any = None
         self._prepare_plan(self._resolve(self.param_groups, 0), 0)
@@ -183,12 +186,17 @@ class Optimizer:
     # ---- Hyper-parameters and plan ----
 
     def _resolve(self, groups: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-        """The values of each group's hyper-parameters at this step, checked."""
+        """The values of each group's hyper-parameters at this step, checked: those of last time if none has changed."""
         resolved = []
         for i, group in enumerate(groups):
-            label = f"param_groups[{i}]." if self._is_grouped else ""
-            values = {key: _hyper.resolve(key, group[key], step, label + key) for key in self._group_defaults}
-            self._check_hyper(values)
+            raw = [group[key] for key in self._group_defaults]
+            raw_before, values = self._resolved.get(i, ([None] * len(raw), {}))
+            if not values or not all(map(operator.is_, raw, raw_before)):
+                label = f"param_groups[{i}]." if self._is_grouped else ""
+                values = {key: _hyper.resolve(key, group[key], step, label + key) for key in self._group_defaults}
+                self._check_hyper(values)
+                if all(is_constant(value) for value in raw):
+                    self._resolved[i] = raw, values
             resolved.append(values)
         return resolved
 
@@ -197,12 +205,17 @@ class Optimizer:
         """Refuse combinations of hyper-parameters that have no meaning."""
 
     def _prepare_plan(self, values: list[dict[str, Any]], steps: int) -> None:
-        """Make the plan, and the state arrays it needs, unless both are there."""
-        kernels = [self._kernel(v) for v in values]
-        if kernels == self._kernels:
+        """Have a plan, with the state arrays it needs, that knows these hyper-parameters."""
+        if len(values) == len(self._in_plan) and all(new is old for new, old in zip(values, self._in_plan)):
             return
-        state = self._completed(self.state, kernels, values)
-        self._adopt(self._make_plan(kernels, state, steps), kernels, state)
+        kernels = [self._kernel(v) for v in values]
+        if kernels != self._kernels:
+            state = self._completed(self.state, kernels, values)
+            self._adopt(self._make_plan(kernels, state, steps), kernels, state)
+        self._in_plan = []
+        for i, group_values in enumerate(values):
+            self._plan.set_group(i, group_values)
+        self._in_plan = values
 
     def _completed(
         self, state: Mapping[str, Mapping[str, Array]], kernels: list[Kernel], values: list[dict[str, Any]]
@@ -233,7 +246,7 @@ class Optimizer:
         return plan
 
     def _adopt(self, plan: Any, kernels: list[Kernel], state: dict[str, dict[str, Array]]) -> None:
-        self._plan, self._kernels = plan, kernels
+        self._plan, self._kernels, self._in_plan = plan, kernels, []
         self.state.update(state)
 
     @property
@@ -281,8 +294,6 @@ class Optimizer:
                 raise ValueError(f"params[{self._names[read_only]!r}]: expected a writeable array, got a read-only one")
             if zero_grads:
                 self._check_clearable()
-            for i, group_values in enumerate(values):
-                self._plan.set_group(i, group_values)
             applied, grad_norm, clip_factor, bad = self._plan.step(
                 grad_scale=grad_scale, clip_norm=clip_norm, nonfinite=self.nonfinite, num_threads=self.num_threads
             )
@@ -462,6 +473,13 @@ def is_groups(params: Any) -> bool:
 
 def has_callable(value: Any) -> bool:
     return callable(value) or (isinstance(value, (tuple, list)) and any(callable(v) for v in value))
+
+
+def is_constant(value: Any) -> bool:
+    """Whether a hyper-parameter keeps its value as long as it is the same object."""
+    if isinstance(value, tuple):
+        return all(is_constant(v) for v in value)
+    return value is None or isinstance(value, (int, float))
 
 
 class SGD(Optimizer):
