@@ -260,7 +260,7 @@ static double clip_factor(double root, int exponent, double max_norm)
     return factor >= 1.0 ? 1.0 : factor;
 }
 
-/* The norm over all arrays, each first scaled by its clip_factor, as *root * 2^*exponent. */
+/* The norm over all arrays, as *root * 2^*exponent. */
 static void combine_arrays(fs_plan *plan, double *root, int *exponent)
 {
     bool any = false;
@@ -274,9 +274,31 @@ static void combine_arrays(fs_plan *plan, double *root, int *exponent)
     }
     for (size_t i = 0; i < plan->n_arrays; i++) {
         const fs_array *array = &plan->arrays[i];
-        const double squares = array->sum_squares * (array->clip_factor * array->clip_factor);
-        plan->array_sums[i] = ldexp(squares, 2 * (array->exponent - *exponent));
+        plan->array_sums[i] = ldexp(array->sum_squares, 2 * (array->exponent - *exponent));
     }
+    *root = sqrt(pairwise_sum(plan->array_sums, plan->n_arrays));
+}
+
+/* The same with each array's norm first scaled by its clip_factor, which can be tiny: its square would vanish. */
+static void combine_clipped_arrays(fs_plan *plan, double *root, int *exponent)
+{
+    bool any = false;
+    *exponent = 0;
+    for (int squaring = 0; squaring < 2; squaring++)
+        for (size_t i = 0; i < plan->n_arrays; i++) {
+            const fs_array *array = &plan->arrays[i];
+            int own = 0;
+            const double norm = sqrt(array->sum_squares) * array->clip_factor;
+            const double mantissa = isfinite(norm) ? frexp(norm, &own) : norm;
+            own += array->exponent;
+            if (squaring) {
+                const double scaled = ldexp(mantissa, own - *exponent);
+                plan->array_sums[i] = scaled * scaled;
+            } else if (mantissa > 0 && (!any || own > *exponent)) {
+                *exponent = own;
+                any = true;
+            }
+        }
     *root = sqrt(pairwise_sum(plan->array_sums, plan->n_arrays));
 }
 
@@ -308,7 +330,7 @@ static bool norm_pass(fs_pass *pass, fs_report *report)
     }
     if (pass->options->clip_norm < INFINITY) {
         if (clips_arrays)
-            combine_arrays(plan, &root, &exponent);
+            combine_clipped_arrays(plan, &root, &exponent);
         const double factor = clip_factor(root, exponent, pass->options->clip_norm);
         for (size_t i = 0; i < plan->n_arrays; i++)
             plan->arrays[i].clip_factor *= factor;

@@ -103,6 +103,21 @@ def test_mixed_magnitudes():
     np.testing.assert_allclose(huge[0], 0.1, rtol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1.0, 1e160, 1e300, 1e-160, 1e-300])
+@pytest.mark.parametrize("limit", [1e-200, 0.25, 1e200])
+def test_both_norm_clips_at_any_size(backend, size, limit):
+    """The factor of an array can be so small that its square is 0."""
+    params = [np.zeros(3), np.zeros(5), np.zeros(1)]
+    grads = [np.full(p.size, size * (i + 1)) for i, p in enumerate(params)]
+    own = [min(1.0, limit / (fs.global_norm(g) + 1e-6)) for g in grads]
+    clipped = [np.full(g.size, f * g[0]) for f, g in zip(own, grads)]
+    everywhere = min(1.0, 0.5 * limit / (fs.global_norm(clipped) + 1e-6))
+    fs.SGD(params, lr=1.0, clip_norm_per_array=limit, clip_norm=0.5 * limit, backend=backend).step(grads)
+    for p, c in zip(params, clipped):
+        np.testing.assert_allclose(-p, c * everywhere, rtol=1e-13)
+
+
 def test_norm_of_many_float32_values(rng):
     """PyTorch's is off by 3.1e-5 for 2 million values, NumPy's by 3.6e-6."""
     g = rng.standard_normal(2_000_000).astype(np.float32)

@@ -118,10 +118,12 @@ class ReferencePlan:
                     if nonfinite == "zero":
                         g[~np.isfinite(g)] = 0
                 sums.append(reference.scaled_sum_squares(g))
-        root, exponent = reference.combine(sums, [1.0] * len(sums))
+        root, exponent = reference.combine(sums)
         grad_norm = reference.ldexp(root, exponent)
         factors = [reference.clip_factor(math.sqrt(total), e, limit) for (total, e), limit in zip(sums, limits)]
-        factor = reference.clip_factor(*reference.combine(sums, factors), clip_norm)
+        if any(limits):
+            root, exponent = reference.combine_clipped(sums, factors)
+        factor = reference.clip_factor(root, exponent, clip_norm)
         applied = not bad or nonfinite not in ("raise", "skip")
         return applied, grad_norm, [f * factor for f in factors], bad
 

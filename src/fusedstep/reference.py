@@ -313,12 +313,22 @@ def ldexp(x: float, exponent: int) -> float:
         return math.inf
 
 
-def combine(sums: list[tuple[float, int]], factors: list[float]) -> tuple[float, int]:
-    """Norm over arrays with these scaled sums of squares, each times its factor, as ``root * 2**exponent``."""
+def combine(sums: list[tuple[float, int]]) -> tuple[float, int]:
+    """Norm over arrays with these scaled sums of squares, as ``root * 2**exponent``."""
     exponent = max((e for total, e in sums if total > 0), default=0)
-    squares = [ldexp(total * (f * f), 2 * (e - exponent)) for (total, e), f in zip(sums, factors)]
+    squares = [ldexp(total, 2 * (e - exponent)) for total, e in sums]
     with np.errstate(all="ignore"):
         return math.sqrt(pairwise_sum(np.array(squares))), exponent
+
+
+def combine_clipped(sums: list[tuple[float, int]], factors: list[float]) -> tuple[float, int]:
+    """The same with each array's norm first scaled by its factor, which can be tiny: its square would vanish."""
+    norms = [math.frexp(math.sqrt(total) * f) for (total, _), f in zip(sums, factors)]
+    norms = [(mantissa, own + e) for (mantissa, own), (_, e) in zip(norms, sums)]
+    exponent = max((e for mantissa, e in norms if mantissa > 0), default=0)
+    scaled = np.array([ldexp(mantissa, e - exponent) for mantissa, e in norms])
+    with np.errstate(all="ignore"):
+        return math.sqrt(pairwise_sum(scaled * scaled)), exponent
 
 
 def clip_factor(root: float, exponent: int, max_norm: float | None) -> float:

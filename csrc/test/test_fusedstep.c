@@ -1,0 +1,1232 @@
+/* Tests of the C core by itself; run by `make test` in csrc. Bits are compared wherever bits are promised. */
+#define _GNU_SOURCE    /* mmap, fork, alarm */
+#include "kernels.h"
+
+#include <float.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define LENGTH(array) (sizeof(array) / sizeof *(array))
+
+/* ---- Checks ------------------------------------------------------------------------------------------------------ */
+
+static int n_failures;       /* in the test that runs */
+static char context[200];    /* which of a test's many cases; part of the failure message */
+
+#define CONTEXT(...) snprintf(context, sizeof context, __VA_ARGS__)
+#define CHECK(condition) check((condition), #condition, __LINE__)
+
+static void check(bool holds, const char *condition, int line)
+{
+    if (!holds && ++n_failures <= 5)
+        printf("%s:%d: CHECK(%s) failed: %s\n", __FILE__, line, condition, context);
+}
+
+#define FOR_LEVELS(level)                                                  \
+    for (fs_level level = FS_BASELINE; level < FS_N_LEVELS; level++)       \
+        if (fs_level_set(level) == FS_OK)
+#define FOR_RULES(rule) for (int rule = 0; rule < fs_rule_count(); rule++)
+
+/* ---- Numbers in storage ------------------------------------------------------------------------------------------
+ * Halves by definition: a significand of so many digits, and an exponent, in frexp's sense, not below the smallest. */
+
+static const struct { int digits, min_exponent; } halves[] = {[FS_FLOAT16] = {11, -13}, [FS_BFLOAT16] = {8, -125}};
+
+static double from_half(fs_dtype dtype, unsigned bits)
+{
+    const int digits = halves[dtype].digits, min_exponent = halves[dtype].min_exponent;
+    const int hidden = 1 << (digits - 1), field = (int)(bits & 0x7fff) / hidden, fraction = (int)bits & (hidden - 1);
+    double x;
+    if (field == 0x7fff / hidden)
+        x = fraction ? NAN : INFINITY;
+    else if (field == 0)
+        x = ldexp(fraction, min_exponent - digits);
+    else
+        x = ldexp(hidden + fraction, min_exponent - digits + field - 1);
+    return bits & 0x8000 ? -x : x;
+}
+
+/* Round to nearest, ties to even. */
+static uint16_t to_half(fs_dtype dtype, double x)
+{
+    const int digits = halves[dtype].digits, min_exponent = halves[dtype].min_exponent;
+    const unsigned sign = signbit(x) ? 0x8000 : 0, hidden = 1u << (digits - 1), infinity = 0x8000 - hidden;
+    int exponent;
+    if (isnan(x))
+        return (uint16_t)(sign | 0x7fff);
+    if (isinf(x))
+        return (uint16_t)(sign | infinity);
+    frexp(x, &exponent);
+    if (exponent < min_exponent || x == 0)
+        exponent = min_exponent;
+    const unsigned significand = (unsigned)nearbyint(fabs(ldexp(x, digits - exponent)));
+    const unsigned bits = (unsigned)(exponent - min_exponent) * hidden + significand;
+    return (uint16_t)(sign | (bits < infinity ? bits : infinity));
+}
+
+static double read_item(fs_dtype dtype, const char *item)
+{
+    float single;
+    double x;
+    uint16_t half;
+    switch (dtype) {
+    case FS_FLOAT32:
+        memcpy(&single, item, sizeof single);
+        return single;
+    case FS_FLOAT64:
+        memcpy(&x, item, sizeof x);
+        return x;
+    default:
+        memcpy(&half, item, sizeof half);
+        return from_half(dtype, half);
+    }
+}
+
+static void write_item(fs_dtype dtype, char *item, double x)
+{
+    const float single = (float)x;
+    uint16_t half;
+    switch (dtype) {
+    case FS_FLOAT32:
+        memcpy(item, &single, sizeof single);
+        break;
+    case FS_FLOAT64:
+        memcpy(item, &x, sizeof x);
+        break;
+    default:
+        half = to_half(dtype, x);
+        memcpy(item, &half, sizeof half);
+    }
+}
+
+static uint64_t random_state;
+
+static uint64_t random_bits(void)    /* splitmix64 */
+{
+    uint64_t z = random_state += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+}
+
+static double random_unit(void)
+{
+    return (double)(random_bits() >> 11) * 0x1p-53;
+}
+
+static double random_signed(void)    /* 1/8 to 1, of either sign */
+{
+    const double x = 0.125 + 0.875 * random_unit();
+    return random_bits() & 1 ? -x : x;
+}
+
+/* ---- Plans over memory of our own -------------------------------------------------------------------------------- */
+
+enum { PARAM, GRAD, STATE, N_OPERANDS = STATE + FS_MAX_STATES };
+enum { N_DTYPES = 4, N_PAIRS = N_DTYPES * N_DTYPES };
+enum { MIXED = N_DTYPES };    /* array by array, all pairs of types of parameter and gradient */
+
+static fs_view *operand(fs_plan *plan, size_t i, int o)
+{
+    fs_array *array = &plan->arrays[i];
+    return o == PARAM ? &array->param : o == GRAD ? &array->grad : &array->state[o - STATE];
+}
+
+static size_t operand_bytes(fs_plan *plan, size_t i, int o)
+{
+    return plan->arrays[i].size * fs_dtype_size(operand(plan, i, o)->dtype);
+}
+
+static double get(fs_plan *plan, size_t i, int o, size_t element)
+{
+    const fs_view *view = operand(plan, i, o);
+    return read_item(view->dtype, view->data + element * fs_dtype_size(view->dtype));
+}
+
+static void set(fs_plan *plan, size_t i, int o, size_t element, double x)
+{
+    const fs_view *view = operand(plan, i, o);
+    write_item(view->dtype, view->data + element * fs_dtype_size(view->dtype), x);
+}
+
+static void set_contiguous(fs_view *view, void *data, fs_dtype dtype, size_t n)
+{
+    const ptrdiff_t shape = (ptrdiff_t)n, stride = (ptrdiff_t)fs_dtype_size(dtype);
+    CHECK(fs_view_set(view, data, dtype, true, 1, &shape, &stride) == FS_OK);
+}
+
+/* Contiguous arrays, all in the first of two groups. They have all the states, positive, so that any rule may be used;
+ * the contents depend on the arguments alone. */
+static fs_plan *make_plan(int storage, size_t n_arrays, const size_t *sizes)
+{
+    fs_plan *plan = fs_plan_new(n_arrays, 2);
+    random_state = 1;
+    for (size_t i = 0; i < n_arrays; i++) {
+        fs_array *array = &plan->arrays[i];
+        array->size = sizes[i];
+        for (int o = 0; o < N_OPERANDS; o++) {
+            const fs_dtype mixed = (o == GRAD ? i / N_DTYPES : i) % N_DTYPES;
+            const fs_dtype dtype = storage == MIXED ? mixed : (fs_dtype)storage;
+            set_contiguous(operand(plan, i, o), malloc(sizes[i] * fs_dtype_size(dtype) + !sizes[i]), dtype, sizes[i]);
+            for (size_t e = 0; e < sizes[i]; e++)
+                set(plan, i, o, e, o < STATE ? random_signed() : 0.125 + random_unit());
+        }
+        array->real = array->param.dtype == FS_FLOAT64 ? FS_FLOAT64 : FS_FLOAT32;
+    }
+    CHECK(fs_plan_finish(plan) == FS_OK);
+    return plan;
+}
+
+static void free_plan(fs_plan *plan)
+{
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        for (int o = 0; o < N_OPERANDS; o++)
+            free(operand(plan, i, o)->data);
+    fs_plan_free(plan);
+}
+
+/* A plan for arrays of the same sizes and types, which are yet to be given a place. */
+static fs_plan *make_plan_like(const fs_plan *model)
+{
+    fs_plan *plan = fs_plan_new(model->n_arrays, model->n_groups);
+    for (size_t i = 0; i < model->n_arrays; i++) {
+        plan->arrays[i].size = model->arrays[i].size;
+        plan->arrays[i].real = model->arrays[i].real;
+    }
+    CHECK(fs_plan_finish(plan) == FS_OK);
+    return plan;
+}
+
+static void copy_settings(fs_plan *to, const fs_plan *from)
+{
+    for (size_t i = 0; i < from->n_arrays; i++)
+        to->arrays[i].group = from->arrays[i].group;
+    memcpy(to->groups, from->groups, from->n_groups * sizeof *from->groups);
+    to->step = from->step;
+}
+
+/* Between plans whose arrays are contiguous. */
+static void copy_plan(fs_plan *to, fs_plan *from)
+{
+    copy_settings(to, from);
+    for (size_t i = 0; i < from->n_arrays; i++)
+        for (int o = 0; o < N_OPERANDS; o++)
+            memcpy(operand(to, i, o)->data, operand(from, i, o)->data, operand_bytes(from, i, o));
+}
+
+static bool same_operand(fs_plan *a, fs_plan *b, int o)
+{
+    for (size_t i = 0; i < a->n_arrays; i++)
+        if (memcmp(operand(a, i, o)->data, operand(b, i, o)->data, operand_bytes(a, i, o)) != 0)
+            return false;
+    return true;
+}
+
+static bool same_plan(fs_plan *a, fs_plan *b)
+{
+    for (int o = 0; o < N_OPERANDS; o++)
+        if (!same_operand(a, b, o))
+            return false;
+    return a->step == b->step;
+}
+
+/* Three plans made alike: one to start from, one to step in a way known to be right, one to step in the way tested. */
+typedef struct { fs_plan *initial, *expected, *plan; } trio;
+
+static trio make_trio(int storage, size_t n_arrays, const size_t *sizes)
+{
+    return (trio){make_plan(storage, n_arrays, sizes), make_plan(storage, n_arrays, sizes),
+                  make_plan(storage, n_arrays, sizes)};
+}
+
+static void free_trio(trio t)
+{
+    free_plan(t.initial);
+    free_plan(t.expected);
+    free_plan(t.plan);
+}
+
+static int find_rule(const char *name)
+{
+    FOR_RULES(rule)
+        if (strcmp(fs_rule_name(rule), name) == 0)
+            return rule;
+    CONTEXT("no rule %s", name);
+    CHECK(false);
+    return 0;
+}
+
+static void use_rule(fs_group *group, int rule)
+{
+    static const struct { const char *name; double value; } known[] = {
+        {"lr", 0.01}, {"eps", 1e-8}, {"lr_decay", 0.1}, {"momentum", 0.9}, {"dampening", 0.25}, {"rho", 0.9},
+        {"alpha", 0.99}, {"beta1", 0.9}, {"beta2", 0.999},
+    };
+    *group = (fs_group){.rule = rule, .clip_value = INFINITY, .clip_norm_per_array = INFINITY};
+    char names[100];
+    snprintf(names, sizeof names, "%s", fs_rule_hyper_names(rule));
+    char *rest;
+    int n = 0;
+    for (const char *name = strtok_r(names, " ", &rest); name; name = strtok_r(NULL, " ", &rest), n++) {
+        group->hyper[n] = 0.5;    /* for a hyper-parameter that a later rule brings */
+        for (size_t h = 0; h < LENGTH(known); h++)
+            if (strcmp(known[h].name, name) == 0)
+                group->hyper[n] = known[h].value;
+    }
+}
+
+/* Options under which a contiguous array is updated where it lies, in one pass. */
+static fs_options plain(fs_plan *plan, int rule)
+{
+    for (size_t g = 0; g < plan->n_groups; g++)
+        use_rule(&plan->groups[g], rule);
+    return (fs_options){.grad_scale = 1.0, .clip_norm = INFINITY, .clip_factor = 1.0,
+                        .nonfinite = FS_NONFINITE_PROPAGATE, .n_threads = 1};
+}
+
+/* Options that bring in everything there is. */
+static fs_options busy(fs_plan *plan, int rule)
+{
+    fs_options options = plain(plan, rule);
+    for (size_t g = 0; g < plan->n_groups; g++) {
+        fs_group *group = &plan->groups[g];
+        group->maximize = true;
+        group->clip_norm_per_array = 1.0;
+        group->clip_value = 0.25;
+        group->weight_decay = 0.1;
+        group->l1 = 0.01;
+    }
+    options.grad_scale = 3.0;
+    options.clip_norm = 0.9;
+    options.clip_factor = 0.75;
+    options.nonfinite = FS_NONFINITE_STOP;
+    return options;
+}
+
+static fs_report take_step(fs_plan *plan, fs_options options)
+{
+    fs_report report;
+    fs_step(plan, &options, &report);
+    return report;
+}
+
+static fs_report take_3_steps(fs_plan *plan, fs_options options)
+{
+    take_step(plan, options);
+    take_step(plan, options);
+    return take_step(plan, options);
+}
+
+/* ---- The tests --------------------------------------------------------------------------------------------------- */
+
+/* Every level and number of threads against the baseline with one thread. */
+static void check_levels_and_threads(trio t, int rule, bool is_busy)
+{
+    const size_t size = t.initial->arrays[0].size;
+    fs_options options = is_busy ? busy(t.initial, rule) : plain(t.initial, rule);
+    t.initial->groups[0].decoupled_weight_decay = size % 2;
+    copy_plan(t.expected, t.initial);
+    CONTEXT("%s, size %zu", fs_rule_name(rule), size);
+    CHECK(fs_level_set(FS_BASELINE) == FS_OK);
+    const fs_report expected = take_3_steps(t.expected, options);
+    CHECK(size == 0 || !same_operand(t.expected, t.initial, PARAM));
+    FOR_LEVELS(level)
+        for (options.n_threads = 1; options.n_threads <= 3; options.n_threads++) {
+            CONTEXT("%s, size %zu, real %d, busy %d, level %s, %d threads", fs_rule_name(rule), size,
+                    t.initial->arrays[0].real, is_busy, fs_level_name(level), options.n_threads);
+            copy_plan(t.plan, t.initial);
+            const fs_report report = take_3_steps(t.plan, options);
+            CHECK(report.applied);
+            CHECK(report.has_norm == is_busy);
+            CHECK(report.grad_norm == expected.grad_norm);
+            CHECK(report.clip_factor == expected.clip_factor);
+            CHECK(same_plan(t.plan, t.expected));
+        }
+}
+
+static void test_levels_and_threads(void)
+{
+    static const size_t large[] = {127, 128, 129, 1023, 1024, 1025, 5000, 100003};
+    for (size_t s = 0; s <= 70 + LENGTH(large); s++)
+        for (fs_dtype real = FS_FLOAT32; real <= FS_FLOAT64; real++) {
+            const size_t size = s <= 70 ? s : large[s - 71];
+            const trio t = make_trio((int)real, 1, &size);
+            FOR_RULES(rule) {
+                check_levels_and_threads(t, rule, false);
+                check_levels_and_threads(t, rule, true);
+            }
+            free_trio(t);
+        }
+}
+
+/* Rules as the textbook has them, with states s, hyper-parameters h, in step t. */
+typedef long double wide;
+
+static void textbook_sgd(wide *p, wide g, wide *s, const double *h, int t)
+{
+    (void)s, (void)t;
+    *p -= h[0] * g;
+}
+
+static void textbook_nesterov(wide *p, wide g, wide *s, const double *h, int t)
+{
+    s[0] = t == 1 ? g : h[1] * s[0] + (1 - (wide)h[2]) * g;
+    *p -= h[0] * (g + h[1] * s[0]);
+}
+
+static void textbook_adagrad(wide *p, wide g, wide *s, const double *h, int t)
+{
+    s[0] += g * g;
+    *p -= h[0] / (1 + (t - 1) * (wide)h[1]) * g / (sqrtl(s[0]) + h[2]);
+}
+
+static void textbook_adadelta(wide *p, wide g, wide *s, const double *h, int t)
+{
+    (void)t;
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g * g;
+    const wide delta = sqrtl(s[1] + h[2]) / sqrtl(s[0] + h[2]) * g;
+    s[1] = h[1] * s[1] + (1 - (wide)h[1]) * delta * delta;
+    *p -= h[0] * delta;
+}
+
+static void textbook_rmsprop(wide *p, wide g, wide *s, const double *h, int t)    /* centered, with momentum */
+{
+    (void)t;
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g * g;
+    s[1] = h[1] * s[1] + (1 - (wide)h[1]) * g;
+    s[2] = h[3] * s[2] + g / (sqrtl(s[0] - s[1] * s[1]) + h[2]);
+    *p -= h[0] * s[2];
+}
+
+static wide corrected(wide average, wide beta, int t)
+{
+    return average / (1 - powl(beta, t));
+}
+
+static void textbook_adam(wide *p, wide g, wide *s, const double *h, int t)
+{
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
+    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t)) + h[3]);
+}
+
+static void textbook_amsgrad(wide *p, wide g, wide *s, const double *h, int t)
+{
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
+    s[2] = fmaxl(s[2], s[1]);
+    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[2], h[2], t)) + h[3]);
+}
+
+static void test_textbook(void)
+{
+    static const struct {
+        const char *rule, *hyper_names;
+        double hyper[FS_MAX_HYPER];
+        void (*textbook)(wide *p, wide g, wide *s, const double *h, int t);
+    } cases[] = {
+        {"sgd", "lr momentum dampening", {0.1, 0.5, 0.5}, textbook_sgd},
+        {"sgd_nesterov", "lr momentum dampening", {0.1, 0.9, 0.25}, textbook_nesterov},
+        {"adagrad", "lr lr_decay eps", {0.1, 0.01, 1e-10}, textbook_adagrad},
+        {"adadelta", "lr rho eps", {0.5, 0.9, 1e-6}, textbook_adadelta},
+        {"rmsprop_centered_momentum", "lr alpha eps momentum", {0.01, 0.99, 1e-8, 0.9}, textbook_rmsprop},
+        {"adam", "lr beta1 beta2 eps", {0.01, 0.9, 0.999, 1e-3}, textbook_adam},
+        {"adam_amsgrad", "lr beta1 beta2 eps", {0.01, 0.8, 0.5, 1e-3}, textbook_amsgrad},
+    };
+    static const double tolerance[] = {[FS_FLOAT32] = 1e-5, [FS_FLOAT64] = 1e-12};
+    enum { SIZE = 200, STEPS = 20 };
+    const size_t size = SIZE;
+    for (size_t c = 0; c < LENGTH(cases); c++)
+        for (int storage = FS_FLOAT32; storage <= FS_FLOAT64; storage++) {
+            CONTEXT("%s, storage %d", cases[c].rule, storage);
+            const int rule = find_rule(cases[c].rule);
+            fs_plan *plan = make_plan(storage, 1, &size);
+            const fs_options options = plain(plan, rule);
+            CHECK(strcmp(fs_rule_hyper_names(rule), cases[c].hyper_names) == 0);
+            memcpy(plan->groups[0].hyper, cases[c].hyper, sizeof cases[c].hyper);
+            /* From zero, so that errors are seen relative to the change. */
+            wide expected[SIZE] = {0}, states[SIZE][FS_MAX_STATES] = {{0}};
+            for (int o = 0; o < N_OPERANDS; o++)
+                if (o != GRAD)
+                    memset(operand(plan, 0, o)->data, 0, operand_bytes(plan, 0, o));
+            for (int t = 1; t <= STEPS; t++) {
+                for (size_t e = 0; e < size; e++) {
+                    set(plan, 0, GRAD, e, random_signed() / t);
+                    cases[c].textbook(&expected[e], get(plan, 0, GRAD, e), states[e], cases[c].hyper, t);
+                }
+                CHECK(take_step(plan, options).applied);
+            }
+            wide largest = 0, error = 0;
+            for (size_t e = 0; e < size; e++) {
+                largest = fmaxl(largest, fabsl(expected[e]));
+                error = fmaxl(error, fabsl(get(plan, 0, PARAM, e) - expected[e]));
+            }
+            CHECK(largest > 1e-3);
+            CHECK(error <= tolerance[storage] * largest);
+            CHECK(plan->step == STEPS);
+            free_plan(plan);
+        }
+}
+
+static bool same_half(fs_dtype dtype, uint16_t a, uint16_t b)
+{
+    return a == b || (isnan(from_half(dtype, a)) && isnan(from_half(dtype, b)));
+}
+
+/* Every half there is, from storage and back, side by side and with gaps. */
+static void check_all_halves(fs_dtype dtype, fs_dtype real, const fs_kernels *k, size_t gap)
+{
+    enum { N = 1 << 16, MAX_GAP = 3 };
+    static uint16_t stored[MAX_GAP * N], back[MAX_GAP * N];
+    static double run[N];
+    for (size_t i = 0; i < N; i++)
+        stored[i * gap] = (uint16_t)i;
+    k->load[dtype](N, run, (char *)stored, (ptrdiff_t)(gap * sizeof *stored));
+    k->store[dtype](N, run, (char *)back, (ptrdiff_t)(gap * sizeof *back));
+    for (size_t i = 0; i < N; i++) {
+        const double x = from_half(dtype, (unsigned)i), y = read_item(real, (char *)run + i * fs_dtype_size(real));
+        CHECK(isnan(x) ? isnan(y) : x == y && signbit(x) == signbit(y));
+        CHECK(same_half(dtype, back[i * gap], (uint16_t)i));
+    }
+}
+
+static void test_halves_load_and_store(void)
+{
+    for (fs_dtype dtype = FS_FLOAT16; dtype <= FS_BFLOAT16; dtype++)
+        for (fs_dtype real = FS_FLOAT32; real <= FS_FLOAT64; real++)
+            FOR_LEVELS(level) {
+                CONTEXT("dtype %d, real %d, level %s", dtype, real, fs_level_name(level));
+                check_all_halves(dtype, real, fs_kernels_of(level, real), 1);
+                check_all_halves(dtype, real, fs_kernels_of(level, real), 3);
+            }
+}
+
+/* A float32 near which halves are rounded one way or the other. */
+static uint32_t random_float_bits(void)
+{
+    const uint64_t r = random_bits();
+    const uint32_t bits = (uint32_t)r, near_half_range = (bits & 0x807fffff) | (100 + (r >> 32) % 46) << 23;
+    const uint32_t nudge = (uint32_t)(r >> 40) % 3 - 1;
+    switch (r >> 62) {
+    case 0:
+        return bits;
+    case 1:
+        return near_half_range;
+    case 2:
+        return (near_half_range & ~0xfffu) + nudge;     /* ties of float16 */
+    default:
+        return (bits & ~0x7fffu) + nudge;               /* ties of bfloat16 */
+    }
+}
+
+static void test_halves_round(void)
+{
+    enum { N = 4096, CHUNKS = 1024 };
+    static const uint32_t edges[] = {
+        0, 1, 0x007fffff, 0x00800000, 0x7f7fffff, 0x7f800000, 0x7f800001, 0x7fc00000, 0x7fffffff,
+        0x7f7f0000, 0x7f7f7fff, 0x7f7f8000, 0x7f7f8001,                 /* the largest bfloat16; its end */
+        0x477fe000, 0x477fefff, 0x477ff000, 0x477ff001, 0x47800000,     /* 65504; 65519.99; 65520; 65536 */
+        0x38800000, 0x387fffff, 0x387ff000, 0x387fefff, 0x387fe000,     /* 2^-14 and below */
+        0x33800000, 0x33000000, 0x33000001, 0x32ffffff, 0x33c00000,     /* 2^-24; its half; 1.5 times */
+        0x00008000, 0x00008001, 0x00007fff, 0x00018000,                 /* half of the smallest bfloat16; 1.5 times */
+    };
+    static uint32_t bits[N];
+    static uint16_t expected[N], stored[N];
+    random_state = 1;
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        for (size_t i = 0; i < N; i++)
+            bits[i] = chunk > 0 || i >= 2 * LENGTH(edges) ? random_float_bits() : edges[i / 2] | (uint32_t)i << 31;
+        for (fs_dtype dtype = FS_FLOAT16; dtype <= FS_BFLOAT16; dtype++) {
+            for (size_t i = 0; i < N; i++)
+                expected[i] = to_half(dtype, read_item(FS_FLOAT32, (char *)&bits[i]));
+            FOR_LEVELS(level) {
+                fs_kernels_of(level, FS_FLOAT32)->store[dtype](N, bits, (char *)stored, sizeof *stored);
+                for (size_t i = 0; i < N; i++)
+                    if (!same_half(dtype, stored[i], expected[i])) {
+                        CONTEXT("dtype %d, level %s, float32 %08x: %04x, not %04x", dtype, fs_level_name(level),
+                                (unsigned)bits[i], stored[i], expected[i]);
+                        CHECK(false);
+                    }
+            }
+        }
+    }
+}
+
+/* An array of three dimensions somewhere in a buffer. */
+typedef struct {
+    char *buffer, *first;
+    size_t n_bytes;
+    ptrdiff_t strides[3];
+} spread;
+
+/* `strides` in elements; `shift` in bytes, from an aligned address. */
+static spread make_spread(const ptrdiff_t *shape, const ptrdiff_t *strides, size_t shift, size_t item)
+{
+    enum { MARGIN = 64 };
+    spread s = {.n_bytes = 2 * MARGIN + shift};
+    size_t before = 0;
+    for (int d = 0; d < 3; d++) {
+        const size_t extent = shape[d] ? (size_t)((shape[d] - 1) * labs(strides[d])) * item : 0;
+        s.strides[d] = strides[d] * (ptrdiff_t)item;
+        s.n_bytes += extent + item;
+        before += strides[d] < 0 ? extent : 0;
+    }
+    s.buffer = malloc(s.n_bytes);
+    memset(s.buffer, 0xa5, s.n_bytes);    /* what no step may change */
+    s.first = s.buffer + MARGIN + shift + before;
+    return s;
+}
+
+/* Between the buffer and the same array in C order. */
+static void copy_spread(const spread *s, const ptrdiff_t *shape, size_t item, char *run, bool to_run)
+{
+    for (ptrdiff_t i = 0; i < shape[0]; i++)
+        for (ptrdiff_t j = 0; j < shape[1]; j++)
+            for (ptrdiff_t k = 0; k < shape[2]; k++, run += item) {
+                char *place = s->first + i * s->strides[0] + j * s->strides[1] + k * s->strides[2];
+                memcpy(to_run ? run : place, to_run ? place : run, item);
+            }
+}
+
+enum { N_LAYOUTS = 10 };
+
+/* A plan whose operands are spreads, each with another layout, against a contiguous one. */
+static void check_layouts(trio t, const fs_options *options, const ptrdiff_t *shape, size_t turn)
+{
+    const ptrdiff_t a = shape[0], b = shape[1], c = shape[2];
+    const struct { ptrdiff_t strides[3]; size_t shift; bool only_grad; } layouts[N_LAYOUTS] = {
+        {{b * c, c, 1}, 0, false},
+        {{b * (c + 3) + 5, c + 3, 1}, 0, false},     /* gaps */
+        {{1, a, a * b}, 0, false},                   /* Fortran order */
+        {{c, a * c, 1}, 0, false},                   /* two dimensions swapped */
+        {{-b * c, -c, -1}, 0, false},                /* backwards */
+        {{2 * b * c, -2 * c, 2}, 0, false},
+        {{b * c, c, 1}, 1, false},                   /* unaligned */
+        {{-1, 2 * a, -2 * a * b}, 1, false},
+        {{0, c, 1}, 0, true},                        /* broadcast */
+        {{0, 0, 0}, 1, true},
+    };
+    spread got[N_PAIRS][N_OPERANDS], wanted[N_PAIRS][N_OPERANDS];
+    fs_plan *plan = make_plan_like(t.initial);
+    copy_settings(plan, t.initial);
+    copy_plan(t.expected, t.initial);
+    for (size_t i = 0; i < N_PAIRS; i++)
+        for (int o = 0; o < N_OPERANDS; o++) {
+            const fs_view *initial = operand(t.initial, i, o), *expected = operand(t.expected, i, o);
+            const size_t item = fs_dtype_size(initial->dtype);
+            size_t l = (i + 3 * (size_t)o + turn) % N_LAYOUTS;
+            if (layouts[l].only_grad && o != GRAD)
+                l = 0;
+            spread *s = &got[i][o];
+            *s = make_spread(shape, layouts[l].strides, layouts[l].shift, item);
+            wanted[i][o] = make_spread(shape, layouts[l].strides, layouts[l].shift, item);
+            copy_spread(s, shape, item, initial->data, false);
+            copy_spread(s, shape, item, expected->data, true);    /* what broadcasting has left */
+            const bool aligned = layouts[l].shift == 0;
+            CHECK(fs_view_set(operand(plan, i, o), s->first, initial->dtype, aligned, 3, shape, s->strides) == FS_OK);
+        }
+    const fs_report expected_report = take_3_steps(t.expected, *options), report = take_3_steps(plan, *options);
+    CHECK(report.applied);
+    CHECK(report.grad_norm == expected_report.grad_norm);
+    for (size_t i = 0; i < N_PAIRS; i++)
+        for (int o = 0; o < N_OPERANDS; o++) {
+            const fs_view *expected = operand(t.expected, i, o);
+            copy_spread(&wanted[i][o], shape, fs_dtype_size(expected->dtype), expected->data, false);
+            CHECK(memcmp(got[i][o].buffer, wanted[i][o].buffer, got[i][o].n_bytes) == 0);
+            free(got[i][o].buffer);
+            free(wanted[i][o].buffer);
+        }
+    fs_plan_free(plan);
+}
+
+static void test_layouts(void)
+{
+    static const ptrdiff_t shapes[][3] = {{3, 37, 37}, {1, 1, 1}, {1, 5, 1}, {3, 0, 2}};
+    for (size_t s = 0; s < LENGTH(shapes); s++) {
+        const ptrdiff_t *shape = shapes[s];
+        size_t sizes[N_PAIRS];
+        for (size_t i = 0; i < N_PAIRS; i++)
+            sizes[i] = (size_t)(shape[0] * shape[1] * shape[2]);
+        const trio t = make_trio(MIXED, N_PAIRS, sizes);
+        FOR_RULES(rule)
+            for (int turn = 0; turn < N_LAYOUTS; turn++)
+                FOR_LEVELS(level) {
+                    CONTEXT("%s, %td x %td x %td, turn %d, level %s", fs_rule_name(rule), shape[0], shape[1], shape[2],
+                            turn, fs_level_name(level));
+                    fs_options options = (rule + turn) % 2 ? busy(t.initial, rule) : plain(t.initial, rule);
+                    options.n_threads = 2;
+                    check_layouts(t, &options, shape, (size_t)turn);
+                }
+        free_trio(t);
+    }
+}
+
+/* Kernels that read or write one element too many die here: `pages` lie between inaccessible ones. */
+static void check_in_pages(char **pages, size_t page_size, fs_dtype storage, size_t size)
+{
+    const trio t = make_trio((int)storage, 1, &size);
+    fs_plan *plan = make_plan_like(t.initial);
+    for (int at_end = 0; at_end <= 1; at_end++) {
+        for (int o = 0; o < N_OPERANDS; o++) {
+            char *data = pages[o] + (at_end ? page_size - operand_bytes(t.initial, 0, o) : 0);
+            set_contiguous(operand(plan, 0, o), data, storage, size);
+        }
+        FOR_RULES(rule)
+            for (int is_busy = 0; is_busy <= 1; is_busy++)
+                FOR_LEVELS(level) {
+                    CONTEXT("%s, storage %d, size %zu, at end %d, busy %d, level %s", fs_rule_name(rule), storage, size,
+                            at_end, is_busy, fs_level_name(level));
+                    const fs_options options = is_busy ? busy(t.initial, rule) : plain(t.initial, rule);
+                    copy_plan(t.expected, t.initial);
+                    copy_plan(plan, t.initial);
+                    take_step(t.expected, options);
+                    CHECK(take_step(plan, options).applied);
+                    CHECK(same_plan(plan, t.expected));
+                }
+    }
+    fs_plan_free(plan);
+    free_trio(t);
+}
+
+static void test_guard_pages(void)
+{
+    const size_t page_size = (size_t)sysconf(_SC_PAGESIZE);
+    char *pages[N_OPERANDS];
+    for (int o = 0; o < N_OPERANDS; o++) {
+        pages[o] = mmap(NULL, 3 * page_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(pages[o] != MAP_FAILED);
+        pages[o] += page_size;
+        CHECK(mprotect(pages[o], page_size, PROT_READ | PROT_WRITE) == 0);
+    }
+    for (int storage = 0; storage < N_DTYPES; storage++)
+        for (size_t size = 1; size <= 130; size++)
+            check_in_pages(pages, page_size, (fs_dtype)storage, size);
+    for (int o = 0; o < N_OPERANDS; o++)
+        munmap(pages[o] - page_size, 3 * page_size);
+}
+
+static double measure_norm(fs_plan *plan, fs_options options)
+{
+    fs_report report;
+    fs_norm(plan, &options, &report);
+    CHECK(report.has_norm);
+    return report.grad_norm;
+}
+
+static wide wide_norm(fs_plan *plan)
+{
+    wide largest = 0, sum = 0;
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        for (size_t e = 0; e < plan->arrays[i].size; e++)
+            largest = fmaxl(largest, fabsl(get(plan, i, GRAD, e)));
+    for (size_t i = 0; i < plan->n_arrays && largest > 0; i++)
+        for (size_t e = 0; e < plan->arrays[i].size; e++) {
+            const wide x = get(plan, i, GRAD, e) / largest;
+            sum += x * x;
+        }
+    return largest * sqrtl(sum);
+}
+
+static void test_norms(void)
+{
+    static const size_t sizes[] = {600000, 1023, 250007, 148970};
+    static const struct {
+        fs_dtype storage;
+        double magnitude[LENGTH(sizes)];    /* of each array */
+        double decades;                     /* over which the elements of each array spread */
+    } cases[] = {
+        {FS_FLOAT32, {1, 1, 1, 1}, 0},
+        {FS_FLOAT32, {1e-3, 10, 1, 1}, 6},
+        {FS_FLOAT32, {1e30, 1e30, 1e30, 1e30}, 0},
+        {FS_FLOAT32, {1e-44, 1e-40, 1e-38, 0}, 0},
+        {FS_FLOAT32, {1e38, 1e-38, 0, 1}, 0},
+        {FS_FLOAT32, {0, 0, 0, 0}, 0},
+        {FS_FLOAT64, {1, 1, 1, 1}, 0},
+        {FS_FLOAT64, {1, 1, 1, 1}, 140},
+        {FS_FLOAT64, {1e300, 1e300, 1e300, 1e300}, 0},
+        {FS_FLOAT64, {1e-300, 1e-300, 1e-300, 1e-300}, 0},
+        {FS_FLOAT64, {1e-310, 1e-312, 1e-314, 1e-316}, 0},
+        {FS_FLOAT64, {1e300, 1e-300, 1, 0}, 0},
+        {FS_FLOAT64, {1e-300, 1, 0, 0}, 0},
+        {FS_FLOAT64, {0, 0, 1e-300, 1e-290}, 0},
+        {FS_FLOAT64, {1e150, 1e151, 1e149, 1e148}, 0},
+        {FS_FLOAT64, {1e-136, 1e-138, 1e-135, 1e-137}, 0},
+        {FS_FLOAT64, {1e-160, 1e160, 1e154, 1e-154}, 10},
+        {FS_FLOAT64, {0, 0, 0, 0}, 0},
+        {FS_FLOAT64, {0, 1e308, 0, 1e308}, 0},    /* more than a double holds */
+    };
+    fs_plan *plans[] = {make_plan(FS_FLOAT32, LENGTH(sizes), sizes), make_plan(FS_FLOAT64, LENGTH(sizes), sizes)};
+    for (size_t c = 0; c < LENGTH(cases); c++) {
+        fs_plan *plan = plans[cases[c].storage];
+        fs_options options = plain(plan, 0);
+        for (size_t i = 0; i < LENGTH(sizes); i++)
+            for (size_t e = 0; e < sizes[i]; e++)
+                set(plan, i, GRAD, e, cases[c].magnitude[i] * random_signed() *
+                    (cases[c].decades ? pow(10, cases[c].decades * (random_unit() - 0.5)) : 1));
+        CHECK(fs_level_set(FS_BASELINE) == FS_OK);
+        const double norm = measure_norm(plan, options);
+        const wide truth = wide_norm(plan);
+        CONTEXT("case %zu: %.17g, not %.17Lg", c, norm, truth);
+        if (truth > DBL_MAX)
+            CHECK(norm == INFINITY);
+        else
+            CHECK(fabsl(norm - truth) <= 1e-14 * truth + DBL_TRUE_MIN);
+        FOR_LEVELS(level)
+            for (options.n_threads = 1; options.n_threads <= 3; options.n_threads++) {
+                CONTEXT("case %zu, level %s, %d threads", c, fs_level_name(level), options.n_threads);
+                CHECK(measure_norm(plan, options) == norm);
+            }
+    }
+    free_plan(plans[0]);
+    free_plan(plans[1]);
+}
+
+static void check_norm_of_nonfinite(int storage, size_t bad, int n_nan, int n_inf)
+{
+    static const size_t sizes[] = {2000, 0, 37};
+    fs_plan *plan = make_plan(storage, LENGTH(sizes), sizes);
+    fs_options options = plain(plan, 0);
+    for (int e = 0; e < n_nan + n_inf; e++)
+        set(plan, bad, GRAD, sizes[bad] - 1 - (size_t)e, e < n_nan ? NAN : e % 2 ? INFINITY : -INFINITY);
+    for (int policy = FS_NONFINITE_STOP; policy <= FS_NONFINITE_PROPAGATE; policy++)
+        FOR_LEVELS(level) {
+            CONTEXT("storage %d, array %zu: %d nan, %d inf, policy %d, level %s", storage, bad, n_nan, n_inf, policy,
+                    fs_level_name(level));
+            options.nonfinite = (fs_nonfinite)policy;
+            const double norm = measure_norm(plan, options);
+            if (policy == FS_NONFINITE_ZERO || n_nan + n_inf == 0)
+                CHECK(isfinite(norm) && norm > 0);
+            else
+                CHECK(n_nan ? isnan(norm) : norm == INFINITY);
+            for (size_t i = 0; i < LENGTH(sizes); i++)
+                CHECK(plan->arrays[i].n_nonfinite == (i == bad ? (size_t)(n_nan + n_inf) : 0));
+        }
+    free_plan(plan);
+}
+
+static void test_norms_of_nonfinite(void)
+{
+    static const struct { int n_nan, n_inf; } cases[] = {{0, 0}, {1, 0}, {0, 1}, {1, 1}, {12, 0}, {0, 20}, {9, 7}};
+    for (int storage = 0; storage < N_DTYPES; storage++)
+        for (size_t c = 0; c < LENGTH(cases); c++) {
+            check_norm_of_nonfinite(storage, 0, cases[c].n_nan, cases[c].n_inf);
+            check_norm_of_nonfinite(storage, 2, cases[c].n_nan, cases[c].n_inf);
+        }
+}
+
+/* One bad element, the last of all. */
+static void check_nonfinite(trio t, double bad, int n_threads)
+{
+    const size_t n_arrays = t.initial->n_arrays, last = n_arrays - 1, e = t.initial->arrays[last].size - 1;
+    CONTEXT("%zu arrays, %g, %d threads", n_arrays, bad, n_threads);
+    fs_options options = plain(t.initial, find_rule("sgd_momentum"));
+    options.n_threads = n_threads;
+    t.initial->step = 7;
+    set(t.initial, last, GRAD, e, bad);
+
+    options.nonfinite = FS_NONFINITE_STOP;
+    copy_plan(t.plan, t.initial);
+    fs_report report = take_step(t.plan, options);
+    CHECK(!report.applied && report.has_norm && !isfinite(report.grad_norm));
+    CHECK(same_plan(t.plan, t.initial));
+    for (size_t i = 0; i < n_arrays; i++)
+        CHECK(t.plan->arrays[i].n_nonfinite == (i == last));
+
+    options.nonfinite = FS_NONFINITE_ZERO;
+    copy_plan(t.expected, t.initial);
+    set(t.expected, last, GRAD, e, 0.0);
+    const fs_report expected_report = take_step(t.expected, options);
+    report = take_step(t.plan, options);
+    CHECK(report.applied && report.grad_norm == expected_report.grad_norm);
+    CHECK(same_operand(t.plan, t.initial, GRAD));
+    set(t.plan, last, GRAD, e, 0.0);
+    CHECK(same_plan(t.plan, t.expected));
+
+    options.nonfinite = FS_NONFINITE_PROPAGATE;
+    copy_plan(t.plan, t.initial);
+    report = take_step(t.plan, options);
+    CHECK(report.applied && !report.has_norm);
+    CHECK(!isfinite(get(t.plan, last, PARAM, e)) && !isfinite(get(t.plan, last, STATE, e)));
+    for (int o = 0; o < N_OPERANDS; o++)
+        set(t.plan, last, o, e, get(t.expected, last, o, e));
+    CHECK(same_plan(t.plan, t.expected));
+}
+
+static void test_nonfinite(void)
+{
+    enum { MIN_ARRAYS = 33, MAX_ARRAYS = MIN_ARRAYS + N_PAIRS - 1 };    /* the last has each pair of types once */
+    static const size_t some_sizes[] = {6000, 1, 0, 2048, 5000, 77, 9100};
+    static const double bad[] = {NAN, INFINITY, -INFINITY};
+    size_t sizes[MAX_ARRAYS];
+    for (size_t n_arrays = MIN_ARRAYS; n_arrays <= MAX_ARRAYS; n_arrays++) {
+        for (size_t i = 0; i < n_arrays; i++)
+            sizes[i] = i == n_arrays - 1 ? 1500 : some_sizes[i % LENGTH(some_sizes)];
+        const trio t = make_trio(MIXED, n_arrays, sizes);
+        for (size_t b = 0; b < LENGTH(bad); b++)
+            for (int n_threads = 1; n_threads <= 3; n_threads++)
+                check_nonfinite(t, bad[b], n_threads);
+        free_trio(t);
+    }
+
+    /* A finite gradient that unscaling makes infinite. */
+    const size_t size = 40;
+    const trio t = make_trio(FS_FLOAT32, 1, &size);
+    fs_options options = plain(t.initial, find_rule("adam"));
+    options.nonfinite = FS_NONFINITE_STOP;
+    options.grad_scale = 1e-36;
+    CONTEXT("grad_scale %g", options.grad_scale);
+    set(t.initial, 0, GRAD, 39, 1e4);
+    copy_plan(t.plan, t.initial);
+    CHECK(!take_step(t.plan, options).applied);
+    CHECK(t.plan->arrays[0].n_nonfinite == 1);
+    CHECK(same_plan(t.plan, t.initial));
+    free_trio(t);
+}
+
+/* What a step of plain gradient descent makes of a parameter and its gradient, stage by stage. */
+#define STAGE_BY_STAGE(real)                                                                                     \
+    static void stages_in_##real(const fs_group *group, double grad_scale, double clip_factor, double *param,    \
+                                 double *grad)                                                                   \
+    {                                                                                                            \
+        const real bound = (real)group->clip_value;                                                              \
+        real p = (real)*param, g = (real)*grad;                                                                  \
+        g = g / (real)grad_scale;                                                                                \
+        if (group->maximize)                                                                                     \
+            g = -g;                                                                                              \
+        g = g * (real)clip_factor;                                                                               \
+        g = g > bound ? bound : g < -bound ? -bound : g;                                                         \
+        if (group->weight_decay != 0 && !group->decoupled_weight_decay)                                          \
+            g = g + (real)group->weight_decay * p;                                                               \
+        if (group->l1 != 0)                                                                                      \
+            g = g + (p > 0 ? (real)group->l1 : p < 0 ? -(real)group->l1 : 0);                                    \
+        if (group->decoupled_weight_decay)                                                                       \
+            p = p * (real)(1.0 - group->hyper[0] * group->weight_decay);                                         \
+        *param = p - (real)group->hyper[0] * g;                                                                  \
+        *grad = g;                                                                                               \
+    }
+
+STAGE_BY_STAGE(float)
+STAGE_BY_STAGE(double)
+
+/* Bits of `on` in the tests below; where nothing but clipping is on, fs_clip is tested too. */
+enum {
+    CLIP_VALUE = 1, CLIP_PER_ARRAY = 2, CLIP_GLOBAL = 4, CLIPPING = 7,
+    MAXIMIZE = 8, GRAD_SCALE = 16, CLIP_FACTOR = 32, DECAY = 64, DECOUPLED = 128, L1 = 256, ALL = 511
+};
+
+static void check_stages(trio t, fs_plan *clipped, int on)
+{
+    fs_options options = plain(t.initial, find_rule("sgd"));
+    fs_group *group = &t.initial->groups[0];
+    group->maximize = on & MAXIMIZE;
+    group->clip_value = on & CLIP_VALUE ? 0.03 : INFINITY;
+    group->clip_norm_per_array = on & CLIP_PER_ARRAY ? 2.0 : INFINITY;
+    group->weight_decay = on & DECAY ? 0.1 : 0.0;
+    group->decoupled_weight_decay = on & DECOUPLED;
+    group->l1 = on & L1 ? 0.01 : 0.0;
+    options.nonfinite = FS_NONFINITE_STOP;
+    options.grad_scale = on & GRAD_SCALE ? 3.0 : 1.0;
+    options.clip_norm = on & CLIP_GLOBAL ? 1.5 : INFINITY;
+    options.clip_factor = on & CLIP_FACTOR ? 0.7 : 1.0;
+    copy_plan(t.plan, t.initial);
+    copy_plan(t.expected, t.initial);
+    copy_plan(clipped, t.initial);
+    const fs_report report = take_step(t.plan, options);
+    CHECK(report.applied);
+
+    double squares[3], factors[3], smallest = 1.0;
+    for (int i = 0; i < 3; i++) {
+        squares[i] = t.plan->arrays[i].sum_squares;
+        CHECK(t.plan->arrays[i].exponent == 0);
+        factors[i] = fmin(1.0, group->clip_norm_per_array / (sqrt(squares[i]) + 1e-6));
+    }
+    CHECK(report.grad_norm == sqrt(squares[0] + squares[1] + squares[2]));
+    for (int i = 0; i < 3 && on & CLIP_PER_ARRAY; i++) {
+        const double clipped_norm = sqrt(squares[i]) * factors[i];
+        squares[i] = clipped_norm * clipped_norm;
+    }
+    const double norm = sqrt(squares[0] + squares[1] + squares[2]);
+    for (size_t i = 0; i < 3; i++) {
+        factors[i] *= fmin(1.0, options.clip_norm / (norm + 1e-6));
+        smallest = fmin(smallest, factors[i]);
+        for (size_t e = 0; e < t.initial->arrays[i].size; e++) {
+            double p = get(t.initial, i, PARAM, e), g = get(t.initial, i, GRAD, e);
+            const double factor = factors[i] * options.clip_factor;
+            if (t.initial->arrays[i].real == FS_FLOAT32)
+                stages_in_float(group, options.grad_scale, factor, &p, &g);
+            else
+                stages_in_double(group, options.grad_scale, factor, &p, &g);
+            set(t.expected, i, PARAM, e, p);
+            set(clipped, i, GRAD, e, g);
+        }
+    }
+    CHECK(report.clip_factor == smallest);
+    t.expected->step = 1;
+    CHECK(same_plan(t.plan, t.expected));
+
+    if ((on & ~CLIPPING) == 0) {
+        fs_report clip_report;
+        copy_plan(t.plan, t.initial);
+        fs_clip(t.plan, &options, &clip_report);
+        CHECK(clip_report.applied && clip_report.grad_norm == report.grad_norm);
+        CHECK(same_plan(t.plan, clipped));
+    }
+}
+
+static void test_stages(void)
+{
+    static const size_t sizes[] = {5, 1500, 700};
+    for (int storage = 0; storage < N_DTYPES; storage++) {
+        const trio t = make_trio(storage, 3, sizes);
+        fs_plan *clipped = make_plan(storage, 3, sizes);
+        set(t.initial, 0, PARAM, 1, 0.0);
+        set(t.initial, 0, PARAM, 2, -0.0);
+        set(t.initial, 0, GRAD, 3, -0.0);
+        for (int on = 0; on <= ALL; on++) {
+            CONTEXT("storage %d, stages %x", storage, (unsigned)on);
+            check_stages(t, clipped, on);
+        }
+        free_trio(t);
+        free_plan(clipped);
+    }
+}
+
+static void test_clip_nonfinite(void)
+{
+    const size_t size = 3;
+    const trio t = make_trio(FS_FLOAT64, 1, &size);
+    fs_options options = plain(t.initial, 0);
+    fs_report report;
+    t.initial->groups[0].clip_value = 0.5;
+    set(t.initial, 0, GRAD, 0, NAN);
+    set(t.initial, 0, GRAD, 1, INFINITY);
+    set(t.initial, 0, GRAD, 2, -INFINITY);
+    copy_plan(t.plan, t.initial);
+    options.nonfinite = FS_NONFINITE_STOP;
+    fs_clip(t.plan, &options, &report);
+    CHECK(!report.applied);
+    CHECK(same_plan(t.plan, t.initial));
+    options.nonfinite = FS_NONFINITE_PROPAGATE;
+    fs_clip(t.plan, &options, &report);
+    CHECK(report.applied);
+    CHECK(isnan(get(t.plan, 0, GRAD, 0)));
+    CHECK(get(t.plan, 0, GRAD, 1) == 0.5 && get(t.plan, 0, GRAD, 2) == -0.5);
+    free_trio(t);
+}
+
+/* Squares that a double does not hold; with DBL_MAX, not even the norm. */
+static void test_clip_magnitudes(void)
+{
+    static const size_t sizes[] = {3, 1000};
+    static const double magnitudes[] = {DBL_MAX, 1e300, 1e160, 100, 1e-160, 1e-300};
+    static const int cases[] = {CLIP_PER_ARRAY, CLIP_GLOBAL, CLIP_PER_ARRAY | CLIP_GLOBAL};
+    const trio t = make_trio(FS_FLOAT64, 2, sizes);
+    for (size_t m = 0; m < LENGTH(magnitudes); m++)
+        for (size_t c = 0; c < LENGTH(cases); c++) {
+            const int on = cases[c];
+            fs_options options = plain(t.initial, 0);
+            fs_report report;
+            options.clip_norm = on & CLIP_GLOBAL ? 2.0 : INFINITY;
+            t.initial->groups[0].clip_norm_per_array = on & CLIP_PER_ARRAY ? 3.0 : INFINITY;
+            for (size_t i = 0; i < LENGTH(sizes); i++)
+                for (size_t e = 0; e < sizes[i]; e++)
+                    set(t.initial, i, GRAD, e, magnitudes[m] * random_signed());
+            copy_plan(t.plan, t.initial);
+            fs_clip(t.plan, &options, &report);
+            const wide norm = wide_norm(t.plan), limit = on & CLIP_GLOBAL ? 2.0L : 3 * sqrtl(2);
+            CONTEXT("magnitude %g, clipping %x: norm %.17Lg, not %.17Lg", magnitudes[m], (unsigned)on, norm, limit);
+            if (magnitudes[m] > 1)
+                CHECK(fabsl(norm - limit) <= 2e-6L);    /* clipping adds 1e-6 to the norm */
+            else
+                CHECK(report.clip_factor == 1 && same_plan(t.plan, t.initial));
+        }
+    free_trio(t);
+}
+
+/* Many arrays in two groups step as each would alone. */
+static void test_many_arrays(void)
+{
+    enum { N_ARRAYS = 160 };
+    static const size_t some_sizes[] = {0, 1, 1023, 3000, 0, 7, 1024, 1025, 2049, 16, 500, 5000};
+    size_t sizes[N_ARRAYS];
+    for (size_t i = 0; i < N_ARRAYS; i++)
+        sizes[i] = some_sizes[i % LENGTH(some_sizes)];
+    const trio t = make_trio(MIXED, N_ARRAYS, sizes);
+    fs_options options = plain(t.initial, find_rule("adam"));
+    use_rule(&t.initial->groups[1], find_rule("sgd_momentum"));
+    t.initial->groups[1].hyper[0] = 0.5;
+    t.initial->groups[1].l1 = 0.125;
+    for (size_t i = 0; i < N_ARRAYS; i++)
+        t.initial->arrays[i].group = i % 3 == 0;
+
+    copy_plan(t.expected, t.initial);
+    for (size_t i = 0; i < N_ARRAYS; i++) {
+        fs_plan *alone = fs_plan_new(1, 1);
+        alone->arrays[0].size = sizes[i];
+        alone->arrays[0].real = t.expected->arrays[i].real;
+        alone->groups[0] = t.expected->groups[t.expected->arrays[i].group];
+        for (int o = 0; o < N_OPERANDS; o++) {
+            const fs_view *view = operand(t.expected, i, o);
+            set_contiguous(operand(alone, 0, o), view->data, view->dtype, sizes[i]);
+        }
+        CHECK(fs_plan_finish(alone) == FS_OK);
+        CHECK(take_3_steps(alone, options).applied);
+        fs_plan_free(alone);
+    }
+    t.expected->step = 3;
+    FOR_LEVELS(level)
+        for (options.n_threads = 1; options.n_threads <= 4; options.n_threads++) {  /* for more, LLVM's OpenMP leaks */
+            CONTEXT("level %s, %d threads", fs_level_name(level), options.n_threads);
+            copy_plan(t.plan, t.initial);
+            CHECK(take_3_steps(t.plan, options).applied);
+            CHECK(same_plan(t.plan, t.expected));
+        }
+    free_trio(t);
+}
+
+static void test_empty_plans(void)
+{
+    static const size_t nothing[] = {0, 0, 0};
+    for (size_t n_arrays = 0; n_arrays <= 3; n_arrays++) {
+        CONTEXT("%zu arrays", n_arrays);
+        fs_plan *plan = make_plan(MIXED, n_arrays, nothing);
+        const fs_options options = busy(plan, find_rule("adam"));
+        fs_report report = take_step(plan, options);
+        CHECK(report.applied && report.has_norm && report.grad_norm == 0 && report.clip_factor == 1);
+        CHECK(plan->step == 1);
+        fs_clip(plan, &options, &report);
+        CHECK(report.applied);
+        free_plan(plan);
+    }
+}
+
+static void test_half_made_plans(void)
+{
+    float data[6] = {0};
+    const ptrdiff_t shape[] = {2, 3}, strides[] = {4, 8};    /* transposed: the view owns memory */
+    fs_plan_free(NULL);
+    fs_plan_free(fs_plan_new(0, 0));
+    for (int n_set = 0; n_set <= N_OPERANDS; n_set++) {
+        fs_plan *plan = fs_plan_new(2, 1);
+        CHECK(plan != NULL);
+        for (int o = 0; o < n_set; o++)
+            for (int times = 0; times < 2; times++)
+                CHECK(fs_view_set(operand(plan, 1, o), data, FS_FLOAT32, true, 2, shape, strides) == FS_OK);
+        fs_plan_free(plan);
+    }
+}
+
+enum { PARALLEL_SIZE = 100003 };
+
+static void test_fork(void)
+{
+    const size_t size = PARALLEL_SIZE;
+    const trio t = make_trio(FS_FLOAT32, 1, &size);
+    fs_options options = busy(t.initial, find_rule("adam"));
+    options.n_threads = 3;
+    copy_plan(t.expected, t.initial);
+    copy_plan(t.plan, t.initial);
+    take_step(t.expected, options);
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(20);
+        take_step(t.plan, options);
+        _exit(same_plan(t.plan, t.expected) && fs_threads_get() == 1 ? 0 : 1);
+    }
+    int status = -1;
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CONTEXT("wait status %x", (unsigned)status);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    take_step(t.plan, options);
+    CHECK(same_plan(t.plan, t.expected));
+    free_trio(t);
+}
+
+static void *take_20_steps(void *plan)
+{
+    fs_options options = busy(plan, find_rule("adam"));
+    options.n_threads = 2;
+    for (int t = 0; t < 20; t++)
+        take_step(plan, options);
+    return NULL;
+}
+
+/* Different plans in different threads at the same time: ours, and those of a parallel region. */
+static void test_plans_are_independent(void)
+{
+    enum { N_PLANS = 5 };
+    const size_t size = PARALLEL_SIZE;
+    fs_plan *plans[N_PLANS];
+    pthread_t threads[2];
+    for (int i = 0; i < N_PLANS; i++)
+        plans[i] = make_plan(FS_FLOAT32, 1, &size);
+    take_20_steps(plans[0]);
+    for (int i = 0; i < 2; i++)
+        CHECK(pthread_create(&threads[i], NULL, take_20_steps, plans[1 + i]) == 0);
+    for (int i = 0; i < 2; i++)
+        CHECK(pthread_join(threads[i], NULL) == 0);
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(2)
+#endif
+    for (int i = 3; i < N_PLANS; i++)
+        take_20_steps(plans[i]);
+    for (int i = 1; i < N_PLANS; i++) {
+        CONTEXT("plan %d", i);
+        CHECK(same_plan(plans[i], plans[0]));
+    }
+    for (int i = 0; i < N_PLANS; i++)
+        free_plan(plans[i]);
+}
+
+static void test_settings(void)
+{
+    CHECK(fs_level_available(FS_BASELINE));
+    for (fs_level level = FS_BASELINE; level < FS_N_LEVELS; level++) {
+        const fs_level before = fs_level_current();
+        CONTEXT("level %s", fs_level_name(level));
+        CHECK(fs_level_set(level) == (fs_level_available(level) ? FS_OK : FS_BAD_LEVEL));
+        CHECK(fs_level_current() == (fs_level_available(level) ? level : before));
+        CHECK(fs_level_compiled(level) || !fs_level_available(level));
+    }
+    const int n_default = fs_threads_get();
+    CHECK(n_default >= 1);
+    fs_threads_limit(1);
+    CHECK(fs_threads_get() == 1);
+    fs_threads_set(3);    /* the limit is one on the default only */
+    CHECK(fs_threads_get() == (fs_openmp() ? 3 : 1));
+    fs_threads_limit(0);
+    fs_threads_set(0);
+    CHECK(fs_threads_get() == n_default);
+}
+
+int main(void)
+{
+#define TEST(name) {#name, test_##name}
+    static const struct { const char *name; void (*run)(void); } tests[] = {
+        TEST(levels_and_threads), TEST(textbook),       TEST(halves_load_and_store), TEST(halves_round),
+        TEST(layouts),            TEST(guard_pages),    TEST(norms),                 TEST(norms_of_nonfinite),
+        TEST(nonfinite),          TEST(stages),         TEST(clip_nonfinite),        TEST(clip_magnitudes),
+        TEST(many_arrays),        TEST(empty_plans),    TEST(half_made_plans),       TEST(fork),
+        TEST(plans_are_independent),                    TEST(settings),
+    };
+    const fs_level best = fs_level_current();
+    int n_failed = 0;
+    setvbuf(stdout, NULL, _IOLBF, BUFSIZ);    /* so that nothing is lost in a crash or said twice after a fork */
+    for (size_t t = 0; t < LENGTH(tests); t++) {
+        n_failures = 0;
+        context[0] = '\0';
+        fs_level_set(best);
+        tests[t].run();
+        printf("%s %s\n", n_failures ? "FAILED" : "ok    ", tests[t].name);
+        n_failed += n_failures > 0;
+    }
+    printf("%d passed, %d failed\n", (int)LENGTH(tests) - n_failed, n_failed);
+    return n_failed > 0;
+}
