@@ -468,7 +468,8 @@ static void clip_work(const fs_pass *pass, size_t i, size_t start, size_t end, f
 {
     const fs_array *array = &pass->plan->arrays[i];
     const fs_kernels *k = pass->kernels[array->real];
-    const fs_stages stages = stages_of(&pass->plan->groups[array->group], array);
+    const fs_group *group = &pass->plan->groups[array->group];
+    const fs_stages stages = {.factor = array->clip_factor, .clip_value = group->clip_value};
     if (!has_stages(&stages))
         return;
     for (; start < end; start += FS_BLOCK) {

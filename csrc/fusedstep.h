@@ -40,6 +40,7 @@ bool fs_openmp(void);
 void fs_threads_set(int n_threads);
 void fs_threads_limit(int n_threads);         /* cap on the default, e.g. of a container; 0 for none */
 int fs_threads_get(void);
+void fs_threads_insist(bool insist);          /* use them all even where that does not pay; for tests */
 
 /* Rules, by name; FS_UNKNOWN_RULE stands for none. */
 int fs_rule_count(void);
@@ -109,7 +110,7 @@ typedef struct {
     bool applied;
     bool has_norm;
     double grad_norm;
-    double clip_factor;            /* the smallest factor that any array was scaled by */
+    double clip_factor;            /* the smallest factor that the norms call for in any array; 1 for none */
 } fs_report;
 
 /* Make a plan: new, one fs_array_set per operand of each array, finish. Free accepts NULL and half-made plans. */
@@ -128,7 +129,8 @@ void fs_step(fs_plan *plan, const fs_options *options, fs_report *report);
 /* The norm of the gradients alone. */
 void fs_norm(fs_plan *plan, const fs_options *options, fs_report *report);
 
-/* Clip the gradients themselves, in place, as a step would for its rule. */
+/* Clip the gradients themselves, in place, by norms and values as a step would for its rule. No other stage applies:
+ * grad_scale must be 1, and nonfinite STOP or PROPAGATE. */
 void fs_clip(fs_plan *plan, const fs_options *options, fs_report *report);
 
 #endif

@@ -53,7 +53,7 @@ INLINE uint16_t float32_to_float16(float x)
     const uint32_t subnormal = float_bits(float_from_bits(magnitude) + 0.5f) - 0x3f000000;
     const uint32_t nan = 0x7e00;
     uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
-    half = magnitude >= 0x477ff000 ? 0x7c00 : half;    /* 65520 and above round to infinity */
+    half = magnitude >= 0x47800000 ? 0x7c00 : half;    /* 65536 and above; 65520 has been rounded to infinity already */
     half = magnitude > 0x7f800000 ? nan : half;
     return (uint16_t)(half | sign);
 }

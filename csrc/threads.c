@@ -18,6 +18,7 @@ enum { ELEMENTS_PER_THREAD = 32 * FS_BLOCK };
 
 static atomic_int chosen = 0;     /* by the user; 0 for the default */
 static atomic_int limit = 0;      /* on the default; 0 for none */
+static atomic_bool insisted = false;
 static atomic_bool forked = false;
 
 /* libgomp's team does not survive a fork and the child would wait for it for ever: the child keeps to one thread. */
@@ -48,6 +49,11 @@ void fs_threads_set(int n_threads)
 void fs_threads_limit(int n_threads)
 {
     atomic_store(&limit, n_threads);
+}
+
+void fs_threads_insist(bool insist)
+{
+    atomic_store(&insisted, insist);
 }
 
 int fs_threads_get(void)
@@ -101,6 +107,8 @@ int fs_threads_for(size_t n_elements, int asked)
     int n_threads = fs_threads_get();
     if (asked > 0 && !atomic_load(&forked))
         n_threads = asked;
+    if (atomic_load(&insisted))
+        return n_threads;
     const size_t useful = n_elements / ELEMENTS_PER_THREAD;
     if (useful < (size_t)n_threads)
         n_threads = useful > 1 ? (int)useful : 1;

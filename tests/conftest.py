@@ -36,6 +36,14 @@ def level(request):
 
 
 @pytest.fixture
+def all_threads():
+    """As many threads as asked for, even for small arrays."""
+    _core.insist_on_threads(True)
+    yield
+    _core.insist_on_threads(False)
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(12345)
 

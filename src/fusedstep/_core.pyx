@@ -47,6 +47,7 @@ cdef extern from "fusedstep.h" nogil:
     void fs_threads_set(int n_threads)
     void fs_threads_limit(int n_threads)
     int fs_threads_get()
+    void fs_threads_insist(bint insist)
 
     int fs_rule_count()
     const char *fs_rule_name(int rule)
@@ -174,6 +175,11 @@ def set_num_threads(int n_threads):
 
 def limit_num_threads(int n_threads):
     fs_threads_limit(n_threads)
+
+
+def insist_on_threads(bint insist):
+    """Use all threads even for small arrays and on busy cores, so that tests see them."""
+    fs_threads_insist(insist)
 
 
 def get_num_threads():
