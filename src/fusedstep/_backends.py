@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import math
 from collections.abc import Callable
@@ -19,14 +20,12 @@ Array = NDArray[Any]
 # gradients its index and the number of such elements.
 Outcome = tuple[bool, Union[float, None], float, list[tuple[int, int]]]
 
-core: Any
+core: Any = None
+core_error: ImportError | None = None
 try:
-    from . import _core as core
+    core = importlib.import_module("fusedstep._core")
 except ImportError as error:
-    core = None
-    core_error: ImportError | None = error
-else:
-    core_error = None
+    core_error = error
 
 
 def require_core() -> Any:
