@@ -47,6 +47,7 @@ class BuildExt(build_ext):
         try:
             super().build_extension(extension)
         except Exception as error:  # no compiler, or one that cannot do it: the package installs all the same
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # of an earlier build
             print(
                 f"fusedstep: the compiled kernels cannot be built here ({error}): only the reference will work",
                 file=sys.stderr,
