@@ -163,3 +163,18 @@ def test_callables_stay_with_their_owner():
     other.load_state_dict(saved)
     other.step([np.zeros(2)])
     np.testing.assert_array_equal(p, 1 - 1.0 * 0.9 * 1.0)
+
+
+def test_hyperparameters_edited_before_saving():
+    """State follows the rule that the hyper-parameters call for, also between steps."""
+    p = np.ones(2)
+    opt = fs.SGD([p], lr=0.5, momentum=0.9)
+    opt.step([np.ones(2)])
+    opt.param_groups[0]["momentum"] = 0.0
+    other = fs.SGD([np.ones(2)])
+    other.load_state_dict(opt.state_dict())
+    assert other.state["0"] == {}
+    opt.step([np.ones(2)])
+    opt.param_groups[0]["momentum"] = 0.5
+    other.load_state_dict(opt.state_dict())
+    assert not other.state["0"]["momentum_buffer"].any()

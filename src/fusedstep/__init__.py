@@ -11,15 +11,18 @@ The rules are the classes SGD, Adagrad, Adadelta, RMSprop, Adam and AdamW; :clas
 :mod:`fusedstep.kernels` has the rules on single arrays, :mod:`fusedstep.reference` their specification in NumPy.
 """
 
-from . import kernels, optimizers, reference
+from . import kernels, reference, rules
 from ._threads import get_num_threads, set_num_threads, threads
 from .clipping import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
 from .config import show_config
 from .errors import NonFiniteGradientError
-from .optimizers import *  # noqa: F403
+from .optimizer import Optimizer, StepReport
+from .rules import *  # noqa: F403
 
 __all__ = [
     "NonFiniteGradientError",
+    "Optimizer",
+    "StepReport",
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_value",
@@ -31,4 +34,4 @@ __all__ = [
     "show_config",
     "threads",
 ]
-__all__ += optimizers.__all__
+__all__ += rules.__all__

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import optimizers
+from . import rules
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Entry:
 
 ENTRIES = [
     Entry(
-        optimizers.SGD,
+        rules.SGD,
         settings=[
             {},
             {"lr": 0.1, "momentum": 0.9},
@@ -53,7 +53,7 @@ ENTRIES = [
         torch_name="SGD",
     ),
     Entry(
-        optimizers.Adagrad,
+        rules.Adagrad,
         settings=[{}, {"lr": 0.1, "lr_decay": 0.01, "initial_accumulator_value": 0.1, "eps": 1e-6}],
         invalid=[
             ({"lr_decay": -1}, ValueError, "lr_decay: expected a finite number >= 0, got -1"),
@@ -67,14 +67,14 @@ ENTRIES = [
         torch_name="Adagrad",
     ),
     Entry(
-        optimizers.Adadelta,
+        rules.Adadelta,
         settings=[{}, {"lr": 0.5, "rho": 0.95, "eps": 1e-4}],
         invalid=[({"rho": 1.5}, ValueError, "rho: expected a number in [0, 1], got 1.5")],
         train={"adadelta": {"lr": 1.0}},
         torch_name="Adadelta",
     ),
     Entry(
-        optimizers.RMSprop,
+        rules.RMSprop,
         settings=[
             {},
             {"momentum": 0.9},
@@ -89,7 +89,7 @@ ENTRIES = [
         torch_name="RMSprop",
     ),
     Entry(
-        optimizers.Adam,
+        rules.Adam,
         settings=[{}, {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6}, {"amsgrad": True}],
         invalid=[
             ({"betas": (0.9, 1.0)}, ValueError, "betas[1]: expected a number in [0, 1), got 1.0"),
@@ -101,7 +101,7 @@ ENTRIES = [
         torch_name="Adam",
     ),
     Entry(
-        optimizers.AdamW,
+        rules.AdamW,
         settings=[{}, {"weight_decay": 0.1, "amsgrad": True}],
         train={"adamw": {"lr": 3e-3}},
         torch_name="AdamW",

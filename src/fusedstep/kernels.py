@@ -20,8 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from . import _arrays, _backends, _hyper, reference
-from .optimizers import Optimizer
+from . import (
+    _arrays,
+    _backends,
+    _hyper,
+    reference,
+    rules,
+)
+from .optimizer import Optimizer
 
 STAGE_DEFAULTS = {
     "grad_scale": 1.0,
@@ -88,6 +94,7 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
 
 
 __all__ = []
-for _optimizer in Optimizer.rules.values():
-    globals()[_optimizer._rule.__name__] = compiled(_optimizer)
-    __all__.append(_optimizer._rule.__name__)
+for _optimizer in rules.__all__:
+    _kernel = compiled(getattr(rules, _optimizer))
+    globals()[_kernel.__name__] = _kernel
+    __all__.append(_kernel.__name__)

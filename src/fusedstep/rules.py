@@ -1,0 +1,360 @@
+"""The optimizers: one thin class for each rule, with its equations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from . import _hyper, reference
+from ._hyper import Hyper
+from .optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "RMSprop"]
+
+
+class SGD(Optimizer):
+    r"""Stochastic gradient descent, plain or with momentum.
+
+    .. math::
+
+        b_t &= \mu b_{t-1} + (1 - \tau) g_t \qquad (b_1 = g_1) \\
+        p_t &= p_{t-1} - \gamma \, d_t
+
+    with :math:`d = g` without momentum, :math:`d = b` with momentum and :math:`d = g + \mu b` with Nesterov momentum. With
+    all examples in each gradient this is batch gradient descent, with some of them mini-batch, with one stochastic.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`, outside the velocity.
+    momentum : float
+        :math:`\mu`; 0 keeps no state, anything else the state ``momentum_buffer``.
+    dampening : float
+        :math:`\tau`; the first step does not dampen.
+    nesterov : bool
+        Needs momentum and no dampening.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.array([1.0, -2.0], dtype=np.float32)
+    >>> opt = fs.SGD([w], lr=0.5, momentum=0.9)
+    >>> opt.step([w.copy()]).step
+    1
+    >>> w
+    array([ 0.5, -1. ], dtype=float32)
+
+    References
+    ----------
+    As ``torch.optim.SGD``; Polyak (1964); Sutskever et al., "On the importance of initialization and momentum in deep
+    learning" (2013).
+    """
+
+    _rule = staticmethod(reference.sgd)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        momentum: Hyper = 0.0,
+        dampening: Hyper = 0.0,
+        nesterov: bool = False,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov), options)
+
+    @staticmethod
+    def _check_hyper(values: Mapping[str, Any]) -> None:
+        if values["nesterov"] and not (values["momentum"] > 0 and values["dampening"] == 0):
+            raise ValueError("nesterov: expected momentum > 0 and dampening = 0 with it, got "
+                             f"momentum={values['momentum']}, dampening={values['dampening']}")  # fmt: skip
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if hyper["momentum"] != 0 else ()
+
+    @classmethod
+    def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
+        if not states:
+            return "sgd"
+        return "sgd_nesterov" if hyper["nesterov"] else "sgd_momentum"
+
+
+class Adagrad(Optimizer):
+    r"""Adagrad: steps shrink with the sum of squared gradients, element by element.
+
+    .. math::
+
+        s_t &= s_{t-1} + g_t^2 \\
+        p_t &= p_{t-1} - \frac{\gamma}{1 + (t - 1) \eta} \frac{g_t}{\sqrt{s_t} + \epsilon}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    lr_decay : float
+        :math:`\eta`.
+    initial_accumulator_value : float
+        What the state ``sum`` starts with.
+    eps : float
+        :math:`\epsilon`, outside the root.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.array([1.0, -2.0])
+    >>> opt = fs.Adagrad([w], lr=0.5)
+    >>> _ = opt.step([np.array([3.0, -1.0])])
+    >>> w
+    array([ 0.5, -1.5])
+
+    References
+    ----------
+    As ``torch.optim.Adagrad``; Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
+    Optimization" (2011).
+    """
+
+    _rule = staticmethod(reference.adagrad)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        *,
+        lr_decay: Hyper = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: Hyper = 1e-10,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        hyper = dict(lr=lr, lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, eps=eps)
+        super().__init__(params, hyper, options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("sum",)
+
+    @staticmethod
+    def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
+        return float(hyper["initial_accumulator_value"])
+
+
+class Adadelta(Optimizer):
+    r"""Adadelta: steps scaled by the ratio of the running sizes of past steps and gradients.
+
+    .. math::
+
+        v_t &= \rho v_{t-1} + (1 - \rho) g_t^2 \\
+        \Delta_t &= \frac{\sqrt{u_{t-1} + \epsilon}}{\sqrt{v_t + \epsilon}} g_t \\
+        u_t &= \rho u_{t-1} + (1 - \rho) \Delta_t^2 \\
+        p_t &= p_{t-1} - \gamma \Delta_t
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        :math:`\gamma`; 1 in the paper and in PyTorch, 0.001 in Keras.
+    rho : float
+        :math:`\rho`, of the states ``square_avg`` (:math:`v`) and ``acc_delta`` (:math:`u`).
+    eps : float
+        :math:`\epsilon`, inside both roots.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.Adadelta([w], eps=1.0, rho=0.0)
+    >>> _ = opt.step([np.array([0.0, 1e9])])
+    >>> w
+    array([ 0., -1.])
+
+    References
+    ----------
+    As ``torch.optim.Adadelta``; Zeiler, "ADADELTA: An Adaptive Learning Rate Method" (2012).
+    """
+
+    _rule = staticmethod(reference.adadelta)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1.0,
+        *,
+        rho: Hyper = 0.9,
+        eps: Hyper = 1e-6,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, rho=rho, eps=eps), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("square_avg", "acc_delta")
+
+
+class RMSprop(Optimizer):
+    r"""RMSprop: gradients divided by the root of their running mean square.
+
+    .. math::
+
+        v_t &= \alpha v_{t-1} + (1 - \alpha) g_t^2 \\
+        m_t &= m_{t-1} + (1 - \alpha) (g_t - m_{t-1}) \qquad \text{(centered)} \\
+        d_t &= \frac{g_t}{\sqrt{v_t} + \epsilon} \quad \text{or, centered,} \quad
+               \frac{g_t}{\sqrt{\max(v_t - m_t^2, 0)} + \epsilon} \\
+        b_t &= \mu b_{t-1} + d_t \qquad \text{(momentum)} \\
+        p_t &= p_{t-1} - \gamma d_t \quad \text{or} \quad p_{t-1} - \gamma b_t
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`, outside the momentum buffer.
+    alpha : float
+        :math:`\alpha`, of the states ``square_avg`` and, centered, ``grad_avg``.
+    eps : float
+        :math:`\epsilon`, outside the root.
+    momentum : float
+        :math:`\mu`; with the state ``momentum_buffer`` unless 0.
+    centered : bool
+        Divide by the running standard deviation instead.
+
+    Notes
+    -----
+    A variance :math:`v - m^2` that rounding makes negative, where PyTorch gives nan, counts as 0. The step is then as large
+    as `eps` allows: choose `eps` not too small with ``centered=True``.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.RMSprop([w], lr=0.5, alpha=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1])])
+    >>> w
+    array([-0.5       ,  0.49999995])
+
+    References
+    ----------
+    As ``torch.optim.RMSprop``; Tieleman and Hinton, lecture 6.5 (2012); centered: Graves, "Generating Sequences With
+    Recurrent Neural Networks" (2013).
+    """
+
+    _rule = staticmethod(reference.rmsprop)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        *,
+        alpha: Hyper = 0.99,
+        eps: Hyper = 1e-8,
+        momentum: Hyper = 0.0,
+        centered: bool = False,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, alpha=alpha, eps=eps, momentum=momentum, centered=centered), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        centered = ("grad_avg",) if hyper["centered"] else ()
+        momentum = ("momentum_buffer",) if hyper["momentum"] != 0 else ()
+        return ("square_avg", *centered, *momentum)
+
+    @classmethod
+    def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
+        centered = "_centered" if "grad_avg" in states else ""
+        momentum = "_momentum" if "momentum_buffer" in states else ""
+        return "rmsprop" + centered + momentum
+
+
+class Adam(Optimizer):
+    r"""Adam, and AMSGrad.
+
+    .. math::
+
+        m_t &= m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}) \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        p_t &= p_{t-1} - \frac{\gamma}{1 - \beta_1^t}
+               \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+    AMSGrad divides by the root of the largest :math:`v` so far.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
+    eps : float
+        :math:`\epsilon`, outside the corrected root.
+    amsgrad : bool
+        AMSGrad, with the further state ``max_exp_avg_sq``: the maximum of the uncorrected :math:`v`.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.Adam([w], lr=0.5, eps=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1])])
+    >>> w
+    array([-0.5,  0.5])
+
+    References
+    ----------
+    As ``torch.optim.Adam``; Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015); Reddi, Kale and Kumar, "On
+    the Convergence of Adam and Beyond" (2018).
+    """
+
+    _rule = staticmethod(reference.adam)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-8,
+        amsgrad: bool = False,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, amsgrad=amsgrad), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if hyper["amsgrad"] else ()))
+
+    @classmethod
+    def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
+        return "adam_amsgrad" if "max_exp_avg_sq" in states else "adam"
+
+
+class AdamW(Adam):
+    r"""Adam with decoupled weight decay: :math:`p \leftarrow (1 - \gamma \lambda) p` before each update.
+
+    The parameters are those of :class:`Adam`; ``weight_decay`` is 0.01 and ``decoupled_weight_decay`` True unless given.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.ones(2)
+    >>> opt = fs.AdamW({"w": w}, lr=0.5, weight_decay=0.25)
+    >>> _ = opt.step({"w": np.zeros(2)})
+    >>> w
+    array([0.875, 0.875])
+
+    References
+    ----------
+    As ``torch.optim.AdamW``; Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
+    """
+
+    _rule = staticmethod(reference.adamw)
+    _option_defaults: ClassVar[dict[str, Any]] = {"weight_decay": 1e-2, "decoupled_weight_decay": True}
