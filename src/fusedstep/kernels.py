@@ -20,13 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from . import (
-    _arrays,
-    _backends,
-    _hyper,
-    reference,
-    rules,
-)
+from . import _arrays, _backends, _hyper, reference, rules
 from .optimizer import Optimizer
 
 STAGE_DEFAULTS = {
