@@ -2,8 +2,8 @@
 
     python bench/ratios.py [--sizes 1000 100000 1000000 64000000] [--dtype float32] [--threads N]
 
-The roofline is a loop in the library that reads and writes the same arrays, with one addition each. Medians; the ratio of
-two ways is the median of the ratios of neighbouring runs.
+The roofline is a loop in the library that reads and writes the same arrays, with one addition each. Every way is warmed up
+again in its turn. Medians; the ratio of two ways is the median of the ratios of neighbouring runs.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import fusedstep as fs
 from fusedstep import _core, config
 from fusedstep.progress import progress
 
-SECONDS = 3.0  # for one size
+SECONDS = 5.0  # for one size
 SETTINGS = dict(lr=1e-3, weight_decay=0.01)
 
 
@@ -69,6 +69,7 @@ def measure(size, dtype, with_torch):
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end or len(times["fusedstep"]) < 7:
         for name, (_, step) in made.items():
+            timed(step, repeats[name])  # until the threads of the one before, of another OpenMP runtime, no longer spin
             times[name].append(timed(step, repeats[name]))
     return times
 
