@@ -2,7 +2,6 @@
 #include "kernels.h"
 
 #include <math.h>
-#include <stdint.h>
 
 #ifdef _OPENMP
 #include <omp.h>
