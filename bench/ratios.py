@@ -25,7 +25,12 @@ def roofline(start, grad):
     plan = _core.Plan([param], [states], [0], ["roofline2"])
     plan.bind([grad])
     plan.set_group(0, {"lr": 0.0})
-    return param, lambda: plan.step(nonfinite="propagate")
+
+    def step():
+        plan.measure(nonfinite="propagate")
+        plan.update(True, False)
+
+    return param, step
 
 
 def fusedstep(start, grad, backend="c"):

@@ -1,63 +1,12 @@
 /* The driver: passes over all arrays of a plan, cut into one contiguous part per thread. */
-#include "kernels.h"
+#include "tiles.h"
 
 #include <math.h>
+#include <string.h>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-
-/* ---- Tiles: operands as contiguous runs of the compute type --------------------------------------------------------- */
-
-enum { FS_MAX_DIMS = 64 };    /* NumPy's limit */
-
-/* Room for one block of every operand. */
-typedef struct { _Alignas(64) double run[2 + FS_MAX_STATES][FS_BLOCK]; } fs_tile;
-
-static bool lies_as_run(const fs_view *view, fs_dtype real)
-{
-    return view->contiguous && view->dtype == real;
-}
-
-/* Copy elements [start, start + count) of a view to a run (storing = false) or back. */
-static void transfer(const fs_kernels *k, const fs_view *view, size_t start, size_t count, char *run, size_t real_size,
-                     bool storing)
-{
-    const size_t item = fs_dtype_size(view->dtype);
-    if (view->contiguous) {
-        char *data = view->data + start * item;
-        if (storing)
-            k->store[view->dtype](count, run, data, (ptrdiff_t)item);
-        else
-            k->load[view->dtype](count, run, data, (ptrdiff_t)item);
-        return;
-    }
-    const int last = view->n_dims - 1;
-    const fs_dim *dims = view->dims;
-    size_t index[FS_MAX_DIMS];
-    char *data = view->data;
-    for (int d = last; d >= 0; d--) {
-        index[d] = start % dims[d].size;
-        start /= dims[d].size;
-        data += (ptrdiff_t)index[d] * dims[d].stride;
-    }
-    while (count > 0) {
-        const size_t left = dims[last].size - index[last], n = left < count ? left : count;
-        if (storing)
-            k->store[view->dtype](n, run, data, dims[last].stride);
-        else
-            k->load[view->dtype](n, run, data, dims[last].stride);
-        run += n * real_size;
-        count -= n;
-        index[last] += n;
-        data += (ptrdiff_t)n * dims[last].stride;
-        for (int d = last; d > 0 && index[d] == dims[d].size; d--) {
-            data += dims[d - 1].stride - (ptrdiff_t)dims[d].size * dims[d].stride;
-            index[d] = 0;
-            index[d - 1]++;
-        }
-    }
-}
 
 /* ---- Passes --------------------------------------------------------------------------------------------------------- */
 
@@ -74,11 +23,6 @@ static fs_pass make_pass(fs_plan *plan, const fs_options *options)
     const fs_level level = fs_level_current();
     return (fs_pass){.plan = plan, .options = options,
                      .kernels = {fs_kernels_of(level, FS_FLOAT32), fs_kernels_of(level, FS_FLOAT64)}};
-}
-
-static size_t real_size(const fs_array *array)
-{
-    return fs_dtype_size(array->real);
 }
 
 /* Where part `part` of `n_parts` equal parts begins, rounded down to a block of its array. */
@@ -148,14 +92,9 @@ static const void *load_gradient(const fs_pass *pass, const fs_array *array, siz
                                  void *run)
 {
     const fs_kernels *k = pass->kernels[array->real];
-    transfer(k, &array->grad, start, count, run, real_size(array), false);
+    fs_load_in_c_order(k, array, start, count, run);
     k->unscale(count, run, pass->options->grad_scale, zero);
     return run;
-}
-
-static bool gradient_needs_loading(const fs_pass *pass, const fs_array *array)
-{
-    return !lies_as_run(&array->grad, array->real) || pass->options->grad_scale != 1.0;
 }
 
 static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
@@ -165,13 +104,14 @@ static void sum_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs
     const fs_array *array = &pass->plan->arrays[i];
     const fs_kernels *k = pass->kernels[array->real];
     double *sums = pass->plan->block_sums + pass->plan->first_block[i] + start / FS_BLOCK;
-    if (!gradient_needs_loading(pass, array)) {
-        k->sum_squares(end - start, array->grad.data + start * real_size(array), 1.0, sums);
+    const char *run = fs_grad_in_c_order(array);
+    if (run && pass->options->grad_scale == 1.0) {
+        k->sum_squares(end - start, run + start * fs_dtype_size(array->real), 1.0, sums);
         return;
     }
     for (; start < end; start += FS_BLOCK) {
         const size_t count = min_size(end - start, FS_BLOCK);
-        k->sum_squares(count, load_gradient(pass, array, start, count, false, tile->run[0]), 1.0, sums++);
+        k->sum_squares(count, load_gradient(pass, array, start, count, false, tile->run[FS_GRAD]), 1.0, sums++);
     }
 }
 
@@ -201,7 +141,7 @@ static double scaled_sum(const fs_pass *pass, size_t i, bool zero, double scale,
     double *sums = plan->block_sums + plan->first_block[i];
     for (size_t start = 0; start < array->size; start += FS_BLOCK) {
         const size_t count = min_size(array->size - start, FS_BLOCK);
-        const void *grad = load_gradient(pass, array, start, count, zero, tile->run[0]);
+        const void *grad = load_gradient(pass, array, start, count, zero, tile->run[FS_GRAD]);
         pass->kernels[array->real]->sum_squares(count, grad, scale, &sums[start / FS_BLOCK]);
     }
     return pairwise_sum(sums, plan->first_block[i + 1] - plan->first_block[i]);
@@ -211,7 +151,7 @@ static void count_nonfinite(const fs_pass *pass, const fs_array *array, size_t *
 {
     for (size_t start = 0; start < array->size; start += FS_BLOCK) {
         const size_t count = min_size(array->size - start, FS_BLOCK);
-        const void *grad = load_gradient(pass, array, start, count, false, tile->run[0]);
+        const void *grad = load_gradient(pass, array, start, count, false, tile->run[FS_GRAD]);
         pass->kernels[array->real]->count_nonfinite(count, grad, n_nan, n_inf);
     }
 }
@@ -351,15 +291,14 @@ static bool norm_is_needed(const fs_plan *plan, const fs_options *options)
     return false;
 }
 
-/* The norm pass if anything needs it. Returns whether the gradients may be used. */
-static bool measure(fs_pass *pass, fs_report *report)
+/* The norm pass if anything needs it. */
+void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report)
 {
-    fs_plan *plan = pass->plan;
-    *report = (fs_report){.clip_factor = 1.0};
-    if (norm_is_needed(plan, pass->options)) {
-        const bool finite = norm_pass(pass, report);
-        if (!finite && pass->options->nonfinite == FS_NONFINITE_STOP)
-            return false;
+    fs_pass pass = make_pass(plan, options);
+    *report = (fs_report){.applied = true, .clip_factor = 1.0};
+    if (norm_is_needed(plan, options)) {
+        const bool finite = norm_pass(&pass, report);
+        report->applied = finite || options->nonfinite != FS_NONFINITE_STOP;
     } else {
         for (size_t i = 0; i < plan->n_arrays; i++) {
             plan->arrays[i].clip_factor = 1.0;
@@ -367,8 +306,7 @@ static bool measure(fs_pass *pass, fs_report *report)
         }
     }
     for (size_t i = 0; i < plan->n_arrays; i++)
-        plan->arrays[i].clip_factor *= pass->options->clip_factor;
-    return true;
+        plan->arrays[i].clip_factor *= options->clip_factor;
 }
 
 /* ---- The update pass ------------------------------------------------------------------------------------------------ */
@@ -389,22 +327,6 @@ static bool has_stages(const fs_stages *s)
     return s->negate || s->factor != 1.0 || s->clip_value < INFINITY || s->weight_decay != 0.0 || s->l1 != 0.0;
 }
 
-/* One operand of the rule: where it lies if that is a run, else loaded into `run`. */
-static void *bring(const fs_kernels *k, const fs_array *array, const fs_view *view, size_t start, size_t count, void *run)
-{
-    if (lies_as_run(view, array->real))
-        return view->data + start * real_size(array);
-    transfer(k, view, start, count, run, real_size(array), false);
-    return run;
-}
-
-static void take_back(const fs_kernels *k, const fs_array *array, const fs_view *view, size_t start, size_t count,
-                      void *run)
-{
-    if (!lies_as_run(view, array->real))
-        transfer(k, view, start, count, run, real_size(array), true);
-}
-
 static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
 {
     const fs_array *array = &pass->plan->arrays[i];
@@ -412,37 +334,45 @@ static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end,
     const fs_kernels *k = pass->kernels[array->real];
     const fs_stages stages = stages_of(group, array);
     const bool zero = pass->options->nonfinite == FS_NONFINITE_ZERO && array->n_nonfinite > 0;
-    const bool load_grad = gradient_needs_loading(pass, array) || has_stages(&stages) || zero;
-    const int n_states = fs_rule_states(group->rule);
+    const bool stage_grad = pass->options->grad_scale != 1.0 || zero || has_stages(&stages);
+    const int n_operands = FS_STATE + fs_rule_states(group->rule);
+    fs_rows rows[FS_N_OPERANDS];
+    char *copy[FS_N_OPERANDS];
+    void *at[FS_N_OPERANDS];
 
-    bool all_lie_as_runs = !load_grad && lies_as_run(&array->param, array->real);
-    for (int s = 0; s < n_states; s++)
-        all_lie_as_runs = all_lie_as_runs && lies_as_run(&array->state[s], array->real);
-    const size_t stride = all_lie_as_runs ? end - start : FS_BLOCK;
-
-    for (; start < end; start += stride) {
-        const size_t count = min_size(end - start, stride);
-        void *param = bring(k, array, &array->param, start, count, tile->run[0]);
-        void *state[FS_MAX_STATES];
-        for (int s = 0; s < n_states; s++)
-            state[s] = bring(k, array, &array->state[s], start, count, tile->run[2 + s]);
-        const void *grad = array->grad.data + start * real_size(array);
-        if (load_grad) {
-            grad = load_gradient(pass, array, start, count, zero, tile->run[1]);
-            k->apply_stages(count, tile->run[1], param, &stages);
+    if (!stage_grad && fs_are_runs(array, n_operands)) {
+        for (int o = 0; o < n_operands; o++)
+            at[o] = array->operand[o].data + start * fs_dtype_size(array->real);
+        k->rule[group->rule](end - start, at[FS_PARAM], at[FS_GRAD], &at[FS_STATE], group->decay, group->coefs);
+        return;
+    }
+    for (int o = 0; o < n_operands; o++)
+        copy[o] = (char *)tile + array->copy_offset[o];
+    const size_t end_tile = fs_first_tile(array, end);
+    for (size_t t = fs_first_tile(array, start); t < end_tile; t++) {
+        const fs_shape shape = fs_tile_shape(array, t);
+        for (int o = 0; o < n_operands; o++)
+            rows[o] = fs_bring(k, array, o, t, copy[o]);
+        for (size_t r = 0; r < shape.n_rows; r++) {
+            for (int o = 0; o < n_operands; o++)
+                at[o] = rows[o].first + (ptrdiff_t)r * rows[o].stride;
+            if (stage_grad) {
+                if (rows[FS_GRAD].first != copy[FS_GRAD])    /* the caller's own */
+                    at[FS_GRAD] = memcpy(copy[FS_GRAD], at[FS_GRAD], shape.n_columns * fs_dtype_size(array->real));
+                k->unscale(shape.n_columns, at[FS_GRAD], pass->options->grad_scale, zero);
+                k->apply_stages(shape.n_columns, at[FS_GRAD], at[FS_PARAM], &stages);
+            }
+            k->rule[group->rule](shape.n_columns, at[FS_PARAM], at[FS_GRAD], &at[FS_STATE], group->decay, group->coefs);
         }
-        k->rule[group->rule](count, param, grad, state, group->decay, group->coefs);
-        take_back(k, array, &array->param, start, count, param);
-        for (int s = 0; s < n_states; s++)
-            take_back(k, array, &array->state[s], start, count, state[s]);
+        for (int o = 0; o < n_operands; o++)
+            if (o != FS_GRAD)
+                fs_take_back(k, array, o, t, copy[o]);
     }
 }
 
-void fs_step(fs_plan *plan, const fs_options *options, fs_report *report)
+void fs_update(fs_plan *plan, const fs_options *options)
 {
     fs_pass pass = make_pass(plan, options);
-    if (!measure(&pass, report))
-        return;
     plan->step += 1.0;
     for (size_t i = 0; i < plan->n_groups; i++) {
         fs_group *group = &plan->groups[i];
@@ -451,7 +381,6 @@ void fs_step(fs_plan *plan, const fs_options *options, fs_report *report)
     }
     pass.work = update_work;
     run_pass(&pass);
-    report->applied = true;
 }
 
 /* ---- Gradients alone ------------------------------------------------------------------------------------------------ */
@@ -469,22 +398,46 @@ static void clip_work(const fs_pass *pass, size_t i, size_t start, size_t end, f
     const fs_kernels *k = pass->kernels[array->real];
     const fs_group *group = &pass->plan->groups[array->group];
     const fs_stages stages = {.factor = array->clip_factor, .clip_value = group->clip_value};
+    char *copy = (char *)tile + array->copy_offset[FS_GRAD];
     if (!has_stages(&stages))
         return;
-    for (; start < end; start += FS_BLOCK) {
-        const size_t count = min_size(end - start, FS_BLOCK);
-        void *grad = bring(k, array, &array->grad, start, count, tile->run[0]);
-        k->apply_stages(count, grad, NULL, &stages);
-        take_back(k, array, &array->grad, start, count, grad);
+    const size_t end_tile = fs_first_tile(array, end);
+    for (size_t t = fs_first_tile(array, start); t < end_tile; t++) {
+        const fs_shape shape = fs_tile_shape(array, t);
+        const fs_rows grad = fs_bring(k, array, FS_GRAD, t, copy);
+        for (size_t r = 0; r < shape.n_rows; r++)
+            k->apply_stages(shape.n_columns, grad.first + (ptrdiff_t)r * grad.stride, NULL, &stages);
+        fs_take_back(k, array, FS_GRAD, t, copy);
     }
 }
 
 void fs_clip(fs_plan *plan, const fs_options *options, fs_report *report)
 {
     fs_pass pass = make_pass(plan, options);
-    if (!measure(&pass, report))
-        return;
+    fs_measure(plan, options, report);
     pass.work = clip_work;
+    if (report->applied)
+        run_pass(&pass);
+}
+
+static void clear_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
+{
+    const fs_array *array = &pass->plan->arrays[i];
+    const fs_kernels *k = pass->kernels[array->real];
+    char *copy = (char *)tile + array->copy_offset[FS_GRAD];
+    const size_t end_tile = fs_first_tile(array, end);
+    for (size_t t = fs_first_tile(array, start); t < end_tile; t++) {
+        const fs_shape shape = fs_tile_shape(array, t);
+        const fs_rows grad = fs_bring(k, array, FS_GRAD, t, copy);
+        for (size_t r = 0; r < shape.n_rows; r++)
+            memset(grad.first + (ptrdiff_t)r * grad.stride, 0, shape.n_columns * fs_dtype_size(array->real));
+        fs_take_back(k, array, FS_GRAD, t, copy);
+    }
+}
+
+void fs_clear(fs_plan *plan, const fs_options *options)
+{
+    fs_pass pass = make_pass(plan, options);
+    pass.work = clear_work;
     run_pass(&pass);
-    report->applied = true;
 }

@@ -48,21 +48,38 @@ const char *fs_rule_name(int rule);
 const char *fs_rule_hyper_names(int rule);    /* space-separated, in the order `fs_group.hyper` wants; lr comes first */
 int fs_rule_states(int rule);
 
-/* Where the elements of one array lie. Elements are taken in C order, whatever their layout in memory. */
-typedef struct { size_t size; ptrdiff_t stride; } fs_dim;
+/* The arrays that belong to one parameter. */
+enum { FS_PARAM, FS_GRAD, FS_STATE, FS_N_OPERANDS = FS_STATE + FS_MAX_STATES };
+
 typedef struct {
-    char *data;
+    char *data;                    /* NULL for none */
     fs_dtype dtype;
-    bool contiguous;     /* aligned and in C order without gaps: can be used where it lies */
-    int n_dims;          /* 0 if contiguous; else neighbouring dimensions are merged where possible */
-    fs_dim *dims;        /* owned; strides in bytes */
-} fs_view;
+    bool aligned;
+    ptrdiff_t *strides;            /* in bytes, one per dimension */
+} fs_operand;
+
+/* A dimension of one array, or several that one stride walks. */
+typedef struct { size_t size; ptrdiff_t stride; } fs_dim;
+
+/* A dimension that all operands are walked along together, in pieces of `chunk` elements. */
+typedef struct { size_t size, chunk, n_chunks; ptrdiff_t stride[FS_N_OPERANDS]; } fs_loop;
 
 typedef struct {
     size_t size;
-    fs_dtype real;       /* compute type */
+    fs_dtype real;                 /* compute type */
     int group;
-    fs_view param, grad, state[FS_MAX_STATES];
+    int n_dims;
+    ptrdiff_t *shape;
+    fs_operand operand[FS_N_OPERANDS];
+    /* Two ways through the elements. Sums take the gradient in C order, whatever its layout, for the same bits: */
+    int n_grad_dims;
+    fs_dim *grad_dims;
+    /* All else goes through all operands in the order in which the parameter lies in memory, tile by tile (tiles.c): */
+    int n_loops, across;           /* a tile extends along the last loop, and across this one */
+    fs_loop *loops;
+    size_t n_blocks, blocks_per_tile, n_tiles;
+    size_t copy_offset[FS_N_OPERANDS];    /* in the tile's memory, of operands that have to be copied */
+    void *memory;                  /* that all these pointers point into */
     /* What the norm pass found: the sum of squares of the gradient is sum_squares * 4^exponent. */
     double sum_squares;
     int exponent;
@@ -107,24 +124,30 @@ typedef struct {
 } fs_options;
 
 typedef struct {
-    bool applied;
+    bool applied;                  /* whether the gradients may be used */
     bool has_norm;
     double grad_norm;
     double clip_factor;            /* the smallest factor that the norms call for in any array; 1 for none */
 } fs_report;
 
-/* Make a plan: new, one fs_array_set per operand of each array, finish. Free accepts NULL and half-made plans. */
+/* Make a plan: new, init each array, set its operands (the gradient may come later, and change), finish. Only these
+ * allocate. Free accepts NULL and half-made plans. */
 fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups);
+fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape);
 fs_status fs_plan_finish(fs_plan *plan);
 void fs_plan_free(fs_plan *plan);
 
-/* Describe one operand. `shape` and `strides` (bytes) have n_dims entries. FS_OUT_OF_MEMORY leaves the view as it was. */
-fs_status fs_view_set(fs_view *view, void *data, fs_dtype dtype, bool aligned, int n_dims, const ptrdiff_t *shape,
-                      const ptrdiff_t *strides);
+/* Say where an operand lies; strides in bytes. A run of the compute type is used in place, all else goes through tiles. */
+void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool aligned, const ptrdiff_t *strides);
 size_t fs_dtype_size(fs_dtype dtype);
 
-/* One step: parameters and states change in place, unless report->applied is false, when nothing has changed. */
-void fs_step(fs_plan *plan, const fs_options *options, fs_report *report);
+/* One step, in two halves. The first looks at the gradients and decides; the second changes parameters and states in place.
+ * If report->applied is false, the second must not follow, and nothing has changed. */
+void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report);
+void fs_update(fs_plan *plan, const fs_options *options);
+
+/* Set the gradients to 0. */
+void fs_clear(fs_plan *plan, const fs_options *options);
 
 /* The norm of the gradients alone. */
 void fs_norm(fs_plan *plan, const fs_options *options, fs_report *report);

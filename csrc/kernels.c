@@ -58,39 +58,61 @@ INLINE uint16_t float32_to_float16(float x)
     return (uint16_t)(half | sign);
 }
 
-/* Storage to run and back. memcpy, because data may be unaligned. The constant stride lets contiguous runs vectorise. */
+/* Storage to run and back: n_outer rows of n_inner elements, strides in bytes. memcpy, because data may be unaligned.
+ * Contiguous rows vectorise; a transposed block is walked along its columns, which are contiguous then, and those of the
+ * next block are fetched meanwhile: they lie too far apart for the CPU to guess. */
 #define CONVERSIONS(dtype, stored, to_real, from_real)                                                           \
-    TARGET static void FN(load_##dtype)(size_t n, void *run_, const char *data, ptrdiff_t stride)                \
+    TARGET static void FN(load_##dtype)(size_t n_outer, size_t n_inner, void *run, const char *data,             \
+                                        ptrdiff_t outer, ptrdiff_t inner)                                        \
     {                                                                                                            \
-        real *restrict run = run_;                                                                               \
-        stored x;                                                                                                \
-        if (stride == sizeof x)                                                                                  \
-            for (size_t i = 0; i < n; i++) {                                                                     \
-                memcpy(&x, data + i * sizeof x, sizeof x);                                                       \
-                run[i] = (real)to_real(x);                                                                       \
+        if (outer == sizeof(stored) && inner != sizeof(stored)) {                                                \
+            for (size_t i = 0; i < n_inner; i++) {                                                               \
+                real *restrict to = (real *)run + i;                                                             \
+                const char *restrict from = data + (ptrdiff_t)i * inner;                                         \
+                __builtin_prefetch(from + (ptrdiff_t)n_inner * inner);                                           \
+                for (size_t o = 0; o < n_outer; o++) {                                                           \
+                    stored x;                                                                                    \
+                    memcpy(&x, from + o * sizeof x, sizeof x);                                                   \
+                    to[o * n_inner] = (real)to_real(x);                                                          \
+                }                                                                                                \
             }                                                                                                    \
-        else                                                                                                     \
-            for (size_t i = 0; i < n; i++) {                                                                     \
-                memcpy(&x, data + (ptrdiff_t)i * stride, sizeof x);                                              \
-                run[i] = (real)to_real(x);                                                                       \
-            }                                                                                                    \
+            return;                                                                                              \
+        }                                                                                                        \
+        for (size_t o = 0; o < n_outer; o++) {                                                                   \
+            real *restrict to = (real *)run + o * n_inner;                                                       \
+            const char *restrict from = data + (ptrdiff_t)o * outer;                                             \
+            stored x;                                                                                            \
+            if (inner == sizeof x)                                                                               \
+                for (size_t i = 0; i < n_inner; i++) {                                                           \
+                    memcpy(&x, from + i * sizeof x, sizeof x);                                                   \
+                    to[i] = (real)to_real(x);                                                                    \
+                }                                                                                                \
+            else                                                                                                 \
+                for (size_t i = 0; i < n_inner; i++) {                                                           \
+                    memcpy(&x, from + (ptrdiff_t)i * inner, sizeof x);                                           \
+                    to[i] = (real)to_real(x);                                                                    \
+                }                                                                                                \
+        }                                                                                                        \
     }                                                                                                            \
-    TARGET static void FN(store_##dtype)(size_t n, const void *run_, char *data, ptrdiff_t stride)               \
+    TARGET static void FN(store_##dtype)(size_t n_outer, size_t n_inner, const void *run, char *data,            \
+                                         ptrdiff_t outer, ptrdiff_t inner)                                       \
     {                                                                                                            \
-        const real *restrict run = run_;                                                                         \
-        stored x;                                                                                                \
-        if (stride == sizeof x)                                                                                  \
-            for (size_t i = 0; i < n; i++) {                                                                     \
-                x = (stored)from_real(run[i]);                                                                   \
-                memcpy(data + i * sizeof x, &x, sizeof x);                                                       \
-            }                                                                                                    \
-        else                                                                                                     \
-            for (size_t i = 0; i < n; i++) {                                                                     \
-                x = (stored)from_real(run[i]);                                                                   \
-                memcpy(data + (ptrdiff_t)i * stride, &x, sizeof x);                                              \
-            }                                                                                                    \
+        for (size_t o = 0; o < n_outer; o++) {                                                                   \
+            const real *restrict from = (const real *)run + o * n_inner;                                         \
+            char *restrict to = data + (ptrdiff_t)o * outer;                                                     \
+            stored x;                                                                                            \
+            if (inner == sizeof x)                                                                               \
+                for (size_t i = 0; i < n_inner; i++) {                                                           \
+                    x = (stored)from_real(from[i]);                                                              \
+                    memcpy(to + i * sizeof x, &x, sizeof x);                                                     \
+                }                                                                                                \
+            else                                                                                                 \
+                for (size_t i = 0; i < n_inner; i++) {                                                           \
+                    x = (stored)from_real(from[i]);                                                              \
+                    memcpy(to + (ptrdiff_t)i * inner, &x, sizeof x);                                             \
+                }                                                                                                \
+        }                                                                                                        \
     }
-
 
 /* ---- Rules -------------------------------------------------------------------------------------------------------- */
 

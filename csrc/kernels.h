@@ -25,9 +25,9 @@ typedef struct {
     /* Update a run in place: param is first multiplied by decay, then the rule is applied. */
     void (*rule[FS_N_RULES])(size_t n, void *param, const void *grad, void *const *state, double decay,
                              const void *coefs);
-    /* Between storage and run; `stride` in bytes. */
-    void (*load[4])(size_t n, void *real, const char *data, ptrdiff_t stride);
-    void (*store[4])(size_t n, const void *real, char *data, ptrdiff_t stride);
+    /* Between storage and run, over two dimensions: `outer` and `inner` strides in bytes. */
+    void (*load[4])(size_t n_outer, size_t n_inner, void *real, const char *data, ptrdiff_t outer, ptrdiff_t inner);
+    void (*store[4])(size_t n_outer, size_t n_inner, const void *real, char *data, ptrdiff_t outer, ptrdiff_t inner);
     /* The two halves of gradient preparation: what the norm sees, and what only the rule sees. */
     void (*unscale)(size_t n, void *grad, double grad_scale, bool zero_nonfinite);
     void (*apply_stages)(size_t n, void *grad, const void *param, const fs_stages *stages);

@@ -37,6 +37,18 @@ static void check(bool holds, const char *condition, int line)
         if (fs_level_set(level) == FS_OK)
 #define FOR_RULES(rule) for (int rule = 0; rule < fs_rule_count(); rule++)
 
+/* The linker sends the library's calls of calloc here (--wrap): after so many, one fails. */
+void *__real_calloc(size_t n, size_t size);
+void *__wrap_calloc(size_t n, size_t size);
+static int callocs_left = -1;
+
+void *__wrap_calloc(size_t n, size_t size)
+{
+    if (callocs_left >= 0 && callocs_left-- == 0)
+        return NULL;
+    return __real_calloc(n, size);
+}
+
 /* ---- Numbers in storage ------------------------------------------------------------------------------------------
  * Halves by definition: a significand of so many digits, and an exponent, in frexp's sense, not below the smallest. */
 
@@ -132,14 +144,12 @@ static double random_signed(void)    /* 1/8 to 1, of either sign */
 
 /* ---- Plans over memory of our own -------------------------------------------------------------------------------- */
 
-enum { PARAM, GRAD, STATE, N_OPERANDS = STATE + FS_MAX_STATES };
 enum { N_DTYPES = 4, N_PAIRS = N_DTYPES * N_DTYPES };
 enum { MIXED = N_DTYPES };    /* array by array, all pairs of types of parameter and gradient */
 
-static fs_view *operand(fs_plan *plan, size_t i, int o)
+static const fs_operand *operand(fs_plan *plan, size_t i, int o)
 {
-    fs_array *array = &plan->arrays[i];
-    return o == PARAM ? &array->param : o == GRAD ? &array->grad : &array->state[o - STATE];
+    return &plan->arrays[i].operand[o];
 }
 
 static size_t operand_bytes(fs_plan *plan, size_t i, int o)
@@ -149,20 +159,26 @@ static size_t operand_bytes(fs_plan *plan, size_t i, int o)
 
 static double get(fs_plan *plan, size_t i, int o, size_t element)
 {
-    const fs_view *view = operand(plan, i, o);
-    return read_item(view->dtype, view->data + element * fs_dtype_size(view->dtype));
+    const fs_operand *at = operand(plan, i, o);
+    return read_item(at->dtype, at->data + element * fs_dtype_size(at->dtype));
 }
 
 static void set(fs_plan *plan, size_t i, int o, size_t element, double x)
 {
-    const fs_view *view = operand(plan, i, o);
-    write_item(view->dtype, view->data + element * fs_dtype_size(view->dtype), x);
+    const fs_operand *at = operand(plan, i, o);
+    write_item(at->dtype, at->data + element * fs_dtype_size(at->dtype), x);
 }
 
-static void set_contiguous(fs_view *view, void *data, fs_dtype dtype, size_t n)
+static void init_flat(fs_array *array, size_t size)
 {
-    const ptrdiff_t shape = (ptrdiff_t)n, stride = (ptrdiff_t)fs_dtype_size(dtype);
-    CHECK(fs_view_set(view, data, dtype, true, 1, &shape, &stride) == FS_OK);
+    const ptrdiff_t shape = (ptrdiff_t)size;
+    CHECK(fs_array_init(array, 1, &shape) == FS_OK);
+}
+
+static void set_contiguous(fs_array *array, int o, void *data, fs_dtype dtype)
+{
+    const ptrdiff_t stride = (ptrdiff_t)fs_dtype_size(dtype);
+    fs_array_set(array, o, data, dtype, true, &stride);
 }
 
 /* Contiguous arrays, all in the first of two groups. They have all the states, positive, so that any rule may be used;
@@ -173,15 +189,14 @@ static fs_plan *make_plan(int storage, size_t n_arrays, const size_t *sizes)
     random_state = 1;
     for (size_t i = 0; i < n_arrays; i++) {
         fs_array *array = &plan->arrays[i];
-        array->size = sizes[i];
-        for (int o = 0; o < N_OPERANDS; o++) {
-            const fs_dtype mixed = (o == GRAD ? i / N_DTYPES : i) % N_DTYPES;
+        init_flat(array, sizes[i]);
+        for (int o = 0; o < FS_N_OPERANDS; o++) {
+            const fs_dtype mixed = (o == FS_GRAD ? i / N_DTYPES : i) % N_DTYPES;
             const fs_dtype dtype = storage == MIXED ? mixed : (fs_dtype)storage;
-            set_contiguous(operand(plan, i, o), malloc(sizes[i] * fs_dtype_size(dtype) + !sizes[i]), dtype, sizes[i]);
+            set_contiguous(array, o, malloc(sizes[i] * fs_dtype_size(dtype) + !sizes[i]), dtype);
             for (size_t e = 0; e < sizes[i]; e++)
-                set(plan, i, o, e, o < STATE ? random_signed() : 0.125 + random_unit());
+                set(plan, i, o, e, o < FS_STATE ? random_signed() : 0.125 + random_unit());
         }
-        array->real = array->param.dtype == FS_FLOAT64 ? FS_FLOAT64 : FS_FLOAT32;
     }
     CHECK(fs_plan_finish(plan) == FS_OK);
     return plan;
@@ -190,19 +205,17 @@ static fs_plan *make_plan(int storage, size_t n_arrays, const size_t *sizes)
 static void free_plan(fs_plan *plan)
 {
     for (size_t i = 0; i < plan->n_arrays; i++)
-        for (int o = 0; o < N_OPERANDS; o++)
+        for (int o = 0; o < FS_N_OPERANDS; o++)
             free(operand(plan, i, o)->data);
     fs_plan_free(plan);
 }
 
-/* A plan for arrays of the same sizes and types, which are yet to be given a place. */
-static fs_plan *make_plan_like(const fs_plan *model)
+/* A plan for as many arrays, of this shape, which are yet to be given a place. */
+static fs_plan *make_plan_like(const fs_plan *model, int n_dims, const ptrdiff_t *shape)
 {
     fs_plan *plan = fs_plan_new(model->n_arrays, model->n_groups);
-    for (size_t i = 0; i < model->n_arrays; i++) {
-        plan->arrays[i].size = model->arrays[i].size;
-        plan->arrays[i].real = model->arrays[i].real;
-    }
+    for (size_t i = 0; i < model->n_arrays; i++)
+        CHECK(fs_array_init(&plan->arrays[i], n_dims, shape) == FS_OK);
     CHECK(fs_plan_finish(plan) == FS_OK);
     return plan;
 }
@@ -220,7 +233,7 @@ static void copy_plan(fs_plan *to, fs_plan *from)
 {
     copy_settings(to, from);
     for (size_t i = 0; i < from->n_arrays; i++)
-        for (int o = 0; o < N_OPERANDS; o++)
+        for (int o = 0; o < FS_N_OPERANDS; o++)
             memcpy(operand(to, i, o)->data, operand(from, i, o)->data, operand_bytes(from, i, o));
 }
 
@@ -234,7 +247,7 @@ static bool same_operand(fs_plan *a, fs_plan *b, int o)
 
 static bool same_plan(fs_plan *a, fs_plan *b)
 {
-    for (int o = 0; o < N_OPERANDS; o++)
+    for (int o = 0; o < FS_N_OPERANDS; o++)
         if (!same_operand(a, b, o))
             return false;
     return a->step == b->step;
@@ -316,7 +329,9 @@ static fs_options busy(fs_plan *plan, int rule)
 static fs_report take_step(fs_plan *plan, fs_options options)
 {
     fs_report report;
-    fs_step(plan, &options, &report);
+    fs_measure(plan, &options, &report);
+    if (report.applied)
+        fs_update(plan, &options);
     return report;
 }
 

@@ -11,7 +11,7 @@ static void check_levels_and_threads(trio t, int rule, bool is_busy)
     CONTEXT("%s, size %zu", fs_rule_name(rule), size);
     CHECK(fs_level_set(FS_BASELINE) == FS_OK);
     const fs_report expected = take_3_steps(t.expected, options);
-    CHECK(size == 0 || !same_operand(t.expected, t.initial, PARAM));
+    CHECK(size == 0 || !same_operand(t.expected, t.initial, FS_PARAM));
     FOR_LEVELS(level)
         for (options.n_threads = 1; options.n_threads <= 3; options.n_threads++) {
             CONTEXT("%s, size %zu, real %d, busy %d, level %s, %d threads", fs_rule_name(rule), size,
@@ -128,20 +128,20 @@ static void test_textbook(void)
             memcpy(plan->groups[0].hyper, cases[c].hyper, sizeof cases[c].hyper);
             /* From zero, so that errors are seen relative to the change. */
             wide expected[SIZE] = {0}, states[SIZE][FS_MAX_STATES] = {{0}};
-            for (int o = 0; o < N_OPERANDS; o++)
-                if (o != GRAD)
+            for (int o = 0; o < FS_N_OPERANDS; o++)
+                if (o != FS_GRAD)
                     memset(operand(plan, 0, o)->data, 0, operand_bytes(plan, 0, o));
             for (int t = 1; t <= STEPS; t++) {
                 for (size_t e = 0; e < size; e++) {
-                    set(plan, 0, GRAD, e, random_signed() / t);
-                    cases[c].textbook(&expected[e], get(plan, 0, GRAD, e), states[e], cases[c].hyper, t);
+                    set(plan, 0, FS_GRAD, e, random_signed() / t);
+                    cases[c].textbook(&expected[e], get(plan, 0, FS_GRAD, e), states[e], cases[c].hyper, t);
                 }
                 CHECK(take_step(plan, options).applied);
             }
             wide largest = 0, error = 0;
             for (size_t e = 0; e < size; e++) {
                 largest = fmaxl(largest, fabsl(expected[e]));
-                error = fmaxl(error, fabsl(get(plan, 0, PARAM, e) - expected[e]));
+                error = fmaxl(error, fabsl(get(plan, 0, FS_PARAM, e) - expected[e]));
             }
             CHECK(largest > 1e-3);
             CHECK(error <= tolerance[storage] * largest);
@@ -163,8 +163,8 @@ static void check_all_halves(fs_dtype dtype, fs_dtype real, const fs_kernels *k,
     static double run[N];
     for (size_t i = 0; i < N; i++)
         stored[i * gap] = (uint16_t)i;
-    k->load[dtype](N, run, (char *)stored, (ptrdiff_t)(gap * sizeof *stored));
-    k->store[dtype](N, run, (char *)back, (ptrdiff_t)(gap * sizeof *back));
+    k->load[dtype](1, N, run, (char *)stored, 0, (ptrdiff_t)(gap * sizeof *stored));
+    k->store[dtype](1, N, run, (char *)back, 0, (ptrdiff_t)(gap * sizeof *back));
     for (size_t i = 0; i < N; i++) {
         const double x = from_half(dtype, (unsigned)i), y = read_item(real, (char *)run + i * fs_dtype_size(real));
         CHECK(isnan(x) ? isnan(y) : x == y && signbit(x) == signbit(y));
@@ -222,7 +222,7 @@ static void test_halves_round(void)
             for (size_t i = 0; i < N; i++)
                 expected[i] = to_half(dtype, read_item(FS_FLOAT32, (char *)&bits[i]));
             FOR_LEVELS(level) {
-                fs_kernels_of(level, FS_FLOAT32)->store[dtype](N, bits, (char *)stored, sizeof *stored);
+                fs_kernels_of(level, FS_FLOAT32)->store[dtype](1, N, bits, (char *)stored, 0, sizeof *stored);
                 for (size_t i = 0; i < N; i++)
                     if (!same_half(dtype, stored[i], expected[i])) {
                         CONTEXT("dtype %d, level %s, float32 %08x: %04x, not %04x", dtype, fs_level_name(level),
@@ -288,16 +288,16 @@ static void check_layouts(trio t, const fs_options *options, const ptrdiff_t *sh
         {{0, c, 1}, 0, true},                        /* broadcast */
         {{0, 0, 0}, 1, true},
     };
-    spread got[N_PAIRS][N_OPERANDS], wanted[N_PAIRS][N_OPERANDS];
-    fs_plan *plan = make_plan_like(t.initial);
+    spread got[N_PAIRS][FS_N_OPERANDS], wanted[N_PAIRS][FS_N_OPERANDS];
+    fs_plan *plan = make_plan_like(t.initial, 3, shape);
     copy_settings(plan, t.initial);
     copy_plan(t.expected, t.initial);
     for (size_t i = 0; i < N_PAIRS; i++)
-        for (int o = 0; o < N_OPERANDS; o++) {
-            const fs_view *initial = operand(t.initial, i, o), *expected = operand(t.expected, i, o);
+        for (int o = 0; o < FS_N_OPERANDS; o++) {
+            const fs_operand *initial = operand(t.initial, i, o), *expected = operand(t.expected, i, o);
             const size_t item = fs_dtype_size(initial->dtype);
             size_t l = (i + 3 * (size_t)o + turn) % N_LAYOUTS;
-            if (layouts[l].only_grad && o != GRAD)
+            if (layouts[l].only_grad && o != FS_GRAD)
                 l = 0;
             spread *s = &got[i][o];
             *s = make_spread(shape, layouts[l].strides, layouts[l].shift, item);
@@ -305,14 +305,14 @@ static void check_layouts(trio t, const fs_options *options, const ptrdiff_t *sh
             copy_spread(s, shape, item, initial->data, false);
             copy_spread(s, shape, item, expected->data, true);    /* what broadcasting has left */
             const bool aligned = layouts[l].shift == 0;
-            CHECK(fs_view_set(operand(plan, i, o), s->first, initial->dtype, aligned, 3, shape, s->strides) == FS_OK);
+            fs_array_set(&plan->arrays[i], o, s->first, initial->dtype, aligned, s->strides);
         }
     const fs_report expected_report = take_3_steps(t.expected, *options), report = take_3_steps(plan, *options);
     CHECK(report.applied);
     CHECK(report.grad_norm == expected_report.grad_norm);
     for (size_t i = 0; i < N_PAIRS; i++)
-        for (int o = 0; o < N_OPERANDS; o++) {
-            const fs_view *expected = operand(t.expected, i, o);
+        for (int o = 0; o < FS_N_OPERANDS; o++) {
+            const fs_operand *expected = operand(t.expected, i, o);
             copy_spread(&wanted[i][o], shape, fs_dtype_size(expected->dtype), expected->data, false);
             CHECK(memcmp(got[i][o].buffer, wanted[i][o].buffer, got[i][o].n_bytes) == 0);
             free(got[i][o].buffer);
@@ -323,7 +323,7 @@ static void check_layouts(trio t, const fs_options *options, const ptrdiff_t *sh
 
 static void test_layouts(void)
 {
-    static const ptrdiff_t shapes[][3] = {{3, 37, 37}, {1, 1, 1}, {1, 5, 1}, {3, 0, 2}};
+    static const ptrdiff_t shapes[][3] = {{3, 37, 37}, {2, 70, 33}, {1, 5, 1}, {3, 0, 2}, {1, 1, 1}};
     for (size_t s = 0; s < LENGTH(shapes); s++) {
         const ptrdiff_t *shape = shapes[s];
         size_t sizes[N_PAIRS];
@@ -343,29 +343,50 @@ static void test_layouts(void)
     }
 }
 
+/* Between arrays without gaps and those of `spaced`, which has one of an element between neighbours. */
+static void copy_spaced(fs_plan *spaced, fs_plan *plan, ptrdiff_t gap, bool to_spaced)
+{
+    for (int o = 0; o < FS_N_OPERANDS; o++) {
+        const ptrdiff_t item = (ptrdiff_t)fs_dtype_size(operand(plan, 0, o)->dtype);
+        for (ptrdiff_t e = 0; e < (ptrdiff_t)plan->arrays[0].size; e++) {
+            char *place = operand(spaced, 0, o)->data + e * gap * item, *other = operand(plan, 0, o)->data + e * item;
+            memcpy(to_spaced ? place : other, to_spaced ? other : place, (size_t)item);
+        }
+    }
+}
+
 /* Kernels that read or write one element too many die here: `pages` lie between inaccessible ones. */
 static void check_in_pages(char **pages, size_t page_size, fs_dtype storage, size_t size)
 {
     const trio t = make_trio((int)storage, 1, &size);
-    fs_plan *plan = make_plan_like(t.initial);
-    for (int at_end = 0; at_end <= 1; at_end++) {
-        for (int o = 0; o < N_OPERANDS; o++) {
-            char *data = pages[o] + (at_end ? page_size - operand_bytes(t.initial, 0, o) : 0);
-            set_contiguous(operand(plan, 0, o), data, storage, size);
+    const ptrdiff_t shape = (ptrdiff_t)size, item = (ptrdiff_t)fs_dtype_size(storage);
+    fs_plan *plan = make_plan_like(t.initial, 1, &shape);
+    for (ptrdiff_t gap = -2; gap <= 2; gap++)    /* 1: none; negative: backwards from the end */
+        for (int at_end = 0; at_end <= 1; at_end++) {
+            const ptrdiff_t extent = (shape - 1) * gap * item, stride = gap * item;
+            if (gap == 0 || gap == -1)
+                continue;
+            for (int o = 0; o < FS_N_OPERANDS; o++) {
+                const ptrdiff_t low = extent < 0 ? -extent : 0, high = extent < 0 ? 0 : extent;
+                char *data = pages[o] + (at_end ? (ptrdiff_t)page_size - item - high : low);
+                fs_array_set(&plan->arrays[0], o, data, storage, true, &stride);
+            }
+            FOR_RULES(rule)
+                for (int is_busy = 0; is_busy <= 1; is_busy++)
+                    FOR_LEVELS(level) {
+                        CONTEXT("%s, storage %d, size %zu, gap %td, at end %d, busy %d, level %s", fs_rule_name(rule),
+                                storage, size, gap, at_end, is_busy, fs_level_name(level));
+                        const fs_options options = is_busy ? busy(t.initial, rule) : plain(t.initial, rule);
+                        copy_plan(t.expected, t.initial);
+                        copy_settings(plan, t.initial);
+                        copy_spaced(plan, t.initial, gap, true);
+                        take_step(t.expected, options);
+                        CHECK(take_step(plan, options).applied);
+                        copy_settings(t.plan, plan);
+                        copy_spaced(plan, t.plan, gap, false);
+                        CHECK(same_plan(t.plan, t.expected));
+                    }
         }
-        FOR_RULES(rule)
-            for (int is_busy = 0; is_busy <= 1; is_busy++)
-                FOR_LEVELS(level) {
-                    CONTEXT("%s, storage %d, size %zu, at end %d, busy %d, level %s", fs_rule_name(rule), storage, size,
-                            at_end, is_busy, fs_level_name(level));
-                    const fs_options options = is_busy ? busy(t.initial, rule) : plain(t.initial, rule);
-                    copy_plan(t.expected, t.initial);
-                    copy_plan(plan, t.initial);
-                    take_step(t.expected, options);
-                    CHECK(take_step(plan, options).applied);
-                    CHECK(same_plan(plan, t.expected));
-                }
-    }
     fs_plan_free(plan);
     free_trio(t);
 }
@@ -373,8 +394,8 @@ static void check_in_pages(char **pages, size_t page_size, fs_dtype storage, siz
 static void test_guard_pages(void)
 {
     const size_t page_size = (size_t)sysconf(_SC_PAGESIZE);
-    char *pages[N_OPERANDS];
-    for (int o = 0; o < N_OPERANDS; o++) {
+    char *pages[FS_N_OPERANDS];
+    for (int o = 0; o < FS_N_OPERANDS; o++) {
         pages[o] = mmap(NULL, 3 * page_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         CHECK(pages[o] != MAP_FAILED);
         pages[o] += page_size;
@@ -383,7 +404,7 @@ static void test_guard_pages(void)
     for (int storage = 0; storage < N_DTYPES; storage++)
         for (size_t size = 1; size <= 130; size++)
             check_in_pages(pages, page_size, (fs_dtype)storage, size);
-    for (int o = 0; o < N_OPERANDS; o++)
+    for (int o = 0; o < FS_N_OPERANDS; o++)
         munmap(pages[o] - page_size, 3 * page_size);
 }
 
@@ -400,10 +421,10 @@ static wide wide_norm(fs_plan *plan)
     wide largest = 0, sum = 0;
     for (size_t i = 0; i < plan->n_arrays; i++)
         for (size_t e = 0; e < plan->arrays[i].size; e++)
-            largest = fmaxl(largest, fabsl(get(plan, i, GRAD, e)));
+            largest = fmaxl(largest, fabsl(get(plan, i, FS_GRAD, e)));
     for (size_t i = 0; i < plan->n_arrays && largest > 0; i++)
         for (size_t e = 0; e < plan->arrays[i].size; e++) {
-            const wide x = get(plan, i, GRAD, e) / largest;
+            const wide x = get(plan, i, FS_GRAD, e) / largest;
             sum += x * x;
         }
     return largest * sqrtl(sum);
@@ -443,7 +464,7 @@ static void test_norms(void)
         fs_options options = plain(plan, 0);
         for (size_t i = 0; i < LENGTH(sizes); i++)
             for (size_t e = 0; e < sizes[i]; e++)
-                set(plan, i, GRAD, e, cases[c].magnitude[i] * random_signed() *
+                set(plan, i, FS_GRAD, e, cases[c].magnitude[i] * random_signed() *
                     (cases[c].decades ? pow(10, cases[c].decades * (random_unit() - 0.5)) : 1));
         CHECK(fs_level_set(FS_BASELINE) == FS_OK);
         const double norm = measure_norm(plan, options);
@@ -469,7 +490,7 @@ static void check_norm_of_nonfinite(int storage, size_t bad, int n_nan, int n_in
     fs_plan *plan = make_plan(storage, LENGTH(sizes), sizes);
     fs_options options = plain(plan, 0);
     for (int e = 0; e < n_nan + n_inf; e++)
-        set(plan, bad, GRAD, sizes[bad] - 1 - (size_t)e, e < n_nan ? NAN : e % 2 ? INFINITY : -INFINITY);
+        set(plan, bad, FS_GRAD, sizes[bad] - 1 - (size_t)e, e < n_nan ? NAN : e % 2 ? INFINITY : -INFINITY);
     for (int policy = FS_NONFINITE_STOP; policy <= FS_NONFINITE_PROPAGATE; policy++)
         FOR_LEVELS(level) {
             CONTEXT("storage %d, array %zu: %d nan, %d inf, policy %d, level %s", storage, bad, n_nan, n_inf, policy,
@@ -504,7 +525,7 @@ static void check_nonfinite(trio t, double bad, int n_threads)
     fs_options options = plain(t.initial, find_rule("sgd_momentum"));
     options.n_threads = n_threads;
     t.initial->step = 7;
-    set(t.initial, last, GRAD, e, bad);
+    set(t.initial, last, FS_GRAD, e, bad);
 
     options.nonfinite = FS_NONFINITE_STOP;
     copy_plan(t.plan, t.initial);
@@ -516,20 +537,20 @@ static void check_nonfinite(trio t, double bad, int n_threads)
 
     options.nonfinite = FS_NONFINITE_ZERO;
     copy_plan(t.expected, t.initial);
-    set(t.expected, last, GRAD, e, 0.0);
+    set(t.expected, last, FS_GRAD, e, 0.0);
     const fs_report expected_report = take_step(t.expected, options);
     report = take_step(t.plan, options);
     CHECK(report.applied && report.grad_norm == expected_report.grad_norm);
-    CHECK(same_operand(t.plan, t.initial, GRAD));
-    set(t.plan, last, GRAD, e, 0.0);
+    CHECK(same_operand(t.plan, t.initial, FS_GRAD));
+    set(t.plan, last, FS_GRAD, e, 0.0);
     CHECK(same_plan(t.plan, t.expected));
 
     options.nonfinite = FS_NONFINITE_PROPAGATE;
     copy_plan(t.plan, t.initial);
     report = take_step(t.plan, options);
     CHECK(report.applied && !report.has_norm);
-    CHECK(!isfinite(get(t.plan, last, PARAM, e)) && !isfinite(get(t.plan, last, STATE, e)));
-    for (int o = 0; o < N_OPERANDS; o++)
+    CHECK(!isfinite(get(t.plan, last, FS_PARAM, e)) && !isfinite(get(t.plan, last, FS_STATE, e)));
+    for (int o = 0; o < FS_N_OPERANDS; o++)
         set(t.plan, last, o, e, get(t.expected, last, o, e));
     CHECK(same_plan(t.plan, t.expected));
 }
@@ -557,7 +578,7 @@ static void test_nonfinite(void)
     options.nonfinite = FS_NONFINITE_STOP;
     options.grad_scale = 1e-36;
     CONTEXT("grad_scale %g", options.grad_scale);
-    set(t.initial, 0, GRAD, 39, 1e4);
+    set(t.initial, 0, FS_GRAD, 39, 1e4);
     copy_plan(t.plan, t.initial);
     CHECK(!take_step(t.plan, options).applied);
     CHECK(t.plan->arrays[0].n_nonfinite == 1);
@@ -632,14 +653,14 @@ static void check_stages(trio t, fs_plan *clipped, int on)
         factors[i] *= fmin(1.0, options.clip_norm / (norm + 1e-6));
         smallest = fmin(smallest, factors[i]);
         for (size_t e = 0; e < t.initial->arrays[i].size; e++) {
-            double p = get(t.initial, i, PARAM, e), g = get(t.initial, i, GRAD, e);
+            double p = get(t.initial, i, FS_PARAM, e), g = get(t.initial, i, FS_GRAD, e);
             const double factor = factors[i] * options.clip_factor;
             if (t.initial->arrays[i].real == FS_FLOAT32)
                 stages_in_float(group, options.grad_scale, factor, &p, &g);
             else
                 stages_in_double(group, options.grad_scale, factor, &p, &g);
-            set(t.expected, i, PARAM, e, p);
-            set(clipped, i, GRAD, e, g);
+            set(t.expected, i, FS_PARAM, e, p);
+            set(clipped, i, FS_GRAD, e, g);
         }
     }
     CHECK(report.clip_factor == smallest);
@@ -661,9 +682,9 @@ static void test_stages(void)
     for (int storage = 0; storage < N_DTYPES; storage++) {
         const trio t = make_trio(storage, 3, sizes);
         fs_plan *clipped = make_plan(storage, 3, sizes);
-        set(t.initial, 0, PARAM, 1, 0.0);
-        set(t.initial, 0, PARAM, 2, -0.0);
-        set(t.initial, 0, GRAD, 3, -0.0);
+        set(t.initial, 0, FS_PARAM, 1, 0.0);
+        set(t.initial, 0, FS_PARAM, 2, -0.0);
+        set(t.initial, 0, FS_GRAD, 3, -0.0);
         for (int on = 0; on <= ALL; on++) {
             CONTEXT("storage %d, stages %x", storage, (unsigned)on);
             check_stages(t, clipped, on);
@@ -680,9 +701,9 @@ static void test_clip_nonfinite(void)
     fs_options options = plain(t.initial, 0);
     fs_report report;
     t.initial->groups[0].clip_value = 0.5;
-    set(t.initial, 0, GRAD, 0, NAN);
-    set(t.initial, 0, GRAD, 1, INFINITY);
-    set(t.initial, 0, GRAD, 2, -INFINITY);
+    set(t.initial, 0, FS_GRAD, 0, NAN);
+    set(t.initial, 0, FS_GRAD, 1, INFINITY);
+    set(t.initial, 0, FS_GRAD, 2, -INFINITY);
     copy_plan(t.plan, t.initial);
     options.nonfinite = FS_NONFINITE_STOP;
     fs_clip(t.plan, &options, &report);
@@ -691,8 +712,8 @@ static void test_clip_nonfinite(void)
     options.nonfinite = FS_NONFINITE_PROPAGATE;
     fs_clip(t.plan, &options, &report);
     CHECK(report.applied);
-    CHECK(isnan(get(t.plan, 0, GRAD, 0)));
-    CHECK(get(t.plan, 0, GRAD, 1) == 0.5 && get(t.plan, 0, GRAD, 2) == -0.5);
+    CHECK(isnan(get(t.plan, 0, FS_GRAD, 0)));
+    CHECK(get(t.plan, 0, FS_GRAD, 1) == 0.5 && get(t.plan, 0, FS_GRAD, 2) == -0.5);
     free_trio(t);
 }
 
@@ -712,7 +733,7 @@ static void test_clip_magnitudes(void)
             t.initial->groups[0].clip_norm_per_array = on & CLIP_PER_ARRAY ? 3.0 : INFINITY;
             for (size_t i = 0; i < LENGTH(sizes); i++)
                 for (size_t e = 0; e < sizes[i]; e++)
-                    set(t.initial, i, GRAD, e, magnitudes[m] * random_signed());
+                    set(t.initial, i, FS_GRAD, e, magnitudes[m] * random_signed());
             copy_plan(t.plan, t.initial);
             fs_clip(t.plan, &options, &report);
             const wide norm = wide_norm(t.plan), limit = on & CLIP_GLOBAL ? 2.0L : 3 * sqrtl(2);
@@ -744,12 +765,11 @@ static void test_many_arrays(void)
     copy_plan(t.expected, t.initial);
     for (size_t i = 0; i < N_ARRAYS; i++) {
         fs_plan *alone = fs_plan_new(1, 1);
-        alone->arrays[0].size = sizes[i];
-        alone->arrays[0].real = t.expected->arrays[i].real;
+        init_flat(&alone->arrays[0], sizes[i]);
         alone->groups[0] = t.expected->groups[t.expected->arrays[i].group];
-        for (int o = 0; o < N_OPERANDS; o++) {
-            const fs_view *view = operand(t.expected, i, o);
-            set_contiguous(operand(alone, 0, o), view->data, view->dtype, sizes[i]);
+        for (int o = 0; o < FS_N_OPERANDS; o++) {
+            const fs_operand *expected = operand(t.expected, i, o);
+            set_contiguous(&alone->arrays[0], o, expected->data, expected->dtype);
         }
         CHECK(fs_plan_finish(alone) == FS_OK);
         CHECK(take_3_steps(alone, options).applied);
@@ -785,17 +805,38 @@ static void test_empty_plans(void)
 static void test_half_made_plans(void)
 {
     float data[6] = {0};
-    const ptrdiff_t shape[] = {2, 3}, strides[] = {4, 8};    /* transposed: the view owns memory */
+    const ptrdiff_t shape[] = {2, 3}, strides[] = {4, 8};
     fs_plan_free(NULL);
     fs_plan_free(fs_plan_new(0, 0));
-    for (int n_set = 0; n_set <= N_OPERANDS; n_set++) {
+    for (int n_set = 0; n_set <= FS_N_OPERANDS; n_set++) {
         fs_plan *plan = fs_plan_new(2, 1);
-        CHECK(plan != NULL);
+        CHECK(plan != NULL && fs_array_init(&plan->arrays[1], 2, shape) == FS_OK);
         for (int o = 0; o < n_set; o++)
             for (int times = 0; times < 2; times++)
-                CHECK(fs_view_set(operand(plan, 1, o), data, FS_FLOAT32, true, 2, shape, strides) == FS_OK);
+                fs_array_set(&plan->arrays[1], o, data, FS_FLOAT32, true, strides);
         fs_plan_free(plan);
     }
+}
+
+/* Each allocation fails once: the caller is told, and nothing leaks. */
+static void test_out_of_memory(void)
+{
+    const ptrdiff_t shape[] = {2, 3};
+    int n_failed = 0;
+    for (bool done = false; !done; n_failed += !done) {
+        callocs_left = n_failed;
+        fs_plan *plan = fs_plan_new(2, 1);
+        bool complete = plan != NULL;
+        for (int i = 0; complete && i < 2; i++)
+            complete = fs_array_init(&plan->arrays[i], 2, shape) == FS_OK;
+        complete = complete && fs_plan_finish(plan) == FS_OK;
+        done = callocs_left >= 0;
+        CONTEXT("allocation %d", n_failed);
+        CHECK(complete == done);
+        callocs_left = -1;
+        fs_plan_free(plan);
+    }
+    CHECK(n_failed == 9);
 }
 
 enum { PARALLEL_SIZE = 100003 };
@@ -890,7 +931,7 @@ int main(void)
         TEST(layouts),            TEST(guard_pages),    TEST(norms),                 TEST(norms_of_nonfinite),
         TEST(nonfinite),          TEST(stages),         TEST(clip_nonfinite),        TEST(clip_magnitudes),
         TEST(many_arrays),        TEST(empty_plans),    TEST(half_made_plans),       TEST(fork),
-        TEST(plans_are_independent),                    TEST(settings),
+        TEST(plans_are_independent),                    TEST(settings), TEST(out_of_memory),
     };
     const fs_level best = fs_level_current();
     int n_failed = 0;

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import collections
+import operator
 from collections.abc import Iterable, Iterator, Mapping, ValuesView
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .reference import compute_dtype
 
 Array = NDArray[Any]
 
@@ -67,6 +71,15 @@ def as_gradient(value: Any, label: str) -> Array:
     return array
 
 
+def check_state(array: Array, param: Array, label: str) -> None:
+    """Refuse what cannot be a state array of this parameter."""
+    dtype = compute_dtype(param.dtype)
+    if array.dtype != dtype:
+        raise TypeError(f"{label}: expected dtype {dtype}, got {array.dtype}")
+    if array.shape != param.shape:
+        raise ValueError(f"{label}: expected shape {param.shape}, got {array.shape}")
+
+
 def overlaps_itself(array: Array) -> bool:
     """Whether two elements of an array share memory."""
     dims = sorted((abs(stride), size) for stride, size in zip(array.strides, array.shape) if size > 1)
@@ -118,6 +131,16 @@ def check_overlaps(written: Iterable[tuple[str, Array]], read: Iterable[tuple[st
             if (is_written or other_is_written) and overlap(array, other_array):
                 raise ValueError(f"{other_label} and {label}: expected separate arrays, got arrays that share memory")
         open_spans.append(span)
+
+
+Change = tuple[Any, Any, Any]
+"""A container, a key, and the value to be there: of an array all of it (...), of a dictionary an item."""
+
+
+def assign(changes: list[Change]) -> None:
+    """Make all changes or none: Python handles signals only between its instructions, and this is a single one."""
+    if changes:
+        collections.deque(map(operator.setitem, *zip(*changes)), maxlen=0)
 
 
 # ---- Nested structures --------------------------------------------------------------------------------------------------

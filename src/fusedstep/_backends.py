@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Union
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _arrays, reference
+from ._arrays import Change, assign
 
 Array = NDArray[Any]
 
@@ -45,7 +47,16 @@ class ReferencePlan:
         self.params, self.states, self.groups, self.rules = params, states, groups, rules
         self.grads: list[Array] = []
         self.values: list[dict[str, Any]] = [{} for _ in rules]
-        self.steps = 0
+        self.stages: list[dict[str, Any]] = []
+        self._steps = np.zeros((), np.int64)
+
+    @property
+    def steps(self) -> int:
+        return int(self._steps)
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._steps[...] = value
 
     def bind(self, grads: list[Any]) -> tuple[int, bool]:
         for i, (param, grad) in enumerate(zip(self.params, grads)):
@@ -61,7 +72,7 @@ class ReferencePlan:
     def set_group(self, index: int, values: dict[str, Any]) -> None:
         self.values[index] = values
 
-    def step(
+    def measure(
         self,
         *,
         grad_scale: float = 1.0,
@@ -70,16 +81,22 @@ class ReferencePlan:
         num_threads: int | None = None,
     ) -> Outcome:
         applied, grad_norm, factors, bad = self._measure(grad_scale, clip_norm, nonfinite)
-        if applied:
-            # All new values are made before the first is stored: an exception leaves everything as it was.
-            new = [(p.copy(), [state.copy() for state in states]) for p, states in zip(self.params, self.states)]
-            for i, (param, states) in enumerate(new):
-                self._update(i, param, states, factors[i], grad_scale, nonfinite == "zero")
-            for i, (param, states) in enumerate(new):
-                for target, source in zip([self.params[i], *self.states[i]], [param, *states]):
-                    target[...] = source
-            self.steps += 1
+        self.stages = [
+            {"grad_scale": grad_scale, "clip_factor": factor, "zero_nonfinite": nonfinite == "zero"} for factor in factors
+        ]
         return applied, grad_norm, smallest(factors), bad
+
+    def update(self, apply: bool, clear_grads: bool) -> None:
+        changes: list[Change] = []
+        if apply:
+            for i, (param, states) in enumerate(zip(self.params, self.states)):
+                new = [param.copy(), *(state.copy() for state in states)]
+                self._update(i, *new)
+                changes += zip([param, *states], itertools.repeat(...), new)
+            changes.append((self._steps, ..., self._steps + 1))
+        if clear_grads:
+            changes += [(grad, ..., 0) for grad in self.grads]
+        assign(changes)
 
     def norm(self, *, num_threads: int | None = None) -> Outcome:
         _, grad_norm, factors, bad = self._measure(1.0, None, "raise")
@@ -88,17 +105,18 @@ class ReferencePlan:
     def clip(self, *, clip_norm: float | None = None, nonfinite: str = "raise", num_threads: int | None = None) -> Outcome:
         applied, grad_norm, factors, bad = self._measure(1.0, clip_norm, nonfinite)
         if applied:
+            clipped = []
             for grad, factor, group in zip(self.grads, factors, self.groups):
                 g = reference.load_gradient(grad, reference.compute_dtype(grad.dtype))
                 reference.clip(g, factor, self.values[group].get("clip_value"))
-                grad[...] = g.reshape(grad.shape)
+                clipped.append(g.reshape(grad.shape))
+            assign(list(zip(self.grads, itertools.repeat(...), clipped)))
         return applied, grad_norm, smallest(factors), bad
 
-    def _update(self, i: int, param: Array, states: list[Array], factor: float, grad_scale: float, zero: bool) -> None:
+    def _update(self, i: int, param: Array, *states: Array) -> None:
         rule, state_names = self.rules[self.groups[i]]
         values = {k: v for k, v in self.values[self.groups[i]].items() if k in keywords(rule)}
-        values.update(grad_scale=grad_scale, clip_factor=factor, zero_nonfinite=zero)
-        rule(param, self.grads[i], **dict(zip(state_names, states)), step=self.steps + 1, **values)
+        rule(param, self.grads[i], **dict(zip(state_names, states)), step=self.steps + 1, **self.stages[i], **values)
 
     def _measure(
         self, grad_scale: float, clip_norm: float | None, nonfinite: str

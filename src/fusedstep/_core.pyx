@@ -54,15 +54,13 @@ cdef extern from "fusedstep.h" nogil:
     const char *fs_rule_hyper_names(int rule)
     int fs_rule_states(int rule)
 
-    ctypedef struct fs_view:
-        pass
+    enum:
+        FS_PARAM
+        FS_GRAD
+        FS_STATE
 
     ctypedef struct fs_array:
-        size_t size
-        fs_dtype real
         int group
-        fs_view param, grad
-        fs_view *state
         size_t n_nonfinite
 
     ctypedef struct fs_group:
@@ -89,9 +87,11 @@ cdef extern from "fusedstep.h" nogil:
     fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups)
     fs_status fs_plan_finish(fs_plan *plan)
     void fs_plan_free(fs_plan *plan)
-    fs_status fs_view_set(fs_view *view, void *data, fs_dtype dtype, bint aligned, int n_dims,
-                          const ptrdiff_t *shape, const ptrdiff_t *strides)
-    void fs_step(fs_plan *plan, const fs_options *options, fs_report *report)
+    fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape)
+    void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bint aligned, const ptrdiff_t *strides)
+    void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report)
+    void fs_update(fs_plan *plan, const fs_options *options)
+    void fs_clear(fs_plan *plan, const fs_options *options)
     void fs_norm(fs_plan *plan, const fs_options *options, fs_report *report)
     void fs_clip(fs_plan *plan, const fs_options *options, fs_report *report)
 
@@ -208,13 +208,13 @@ cdef int dtype_code(cnp.ndarray array):
     return FS_BFLOAT16 if kind == bfloat16_type else -1
 
 
-cdef int set_view(fs_view *view, cnp.ndarray array) except -1:
+cdef int set_operand(fs_array *place, int operand, cnp.ndarray array) except -1:
     cdef int dtype = dtype_code(array)
     if dtype < 0:
         raise TypeError(f"no kernel for dtype {array.dtype}")
-    return check(fs_view_set(view, cnp.PyArray_DATA(array), <fs_dtype>dtype, PyArray_ISALIGNED(array),
-                             cnp.PyArray_NDIM(array), <const ptrdiff_t *>cnp.PyArray_DIMS(array),
-                             <const ptrdiff_t *>cnp.PyArray_STRIDES(array)))
+    fs_array_set(place, operand, cnp.PyArray_DATA(array), <fs_dtype>dtype, PyArray_ISALIGNED(array),
+                 <const ptrdiff_t *>cnp.PyArray_STRIDES(array))
+    return 0
 
 
 cdef bint same_shape(cnp.ndarray a, cnp.ndarray b):
@@ -253,6 +253,7 @@ cdef class Plan:
     """
 
     cdef fs_plan *plan
+    cdef fs_options options
     cdef list params, states, grads, places
 
     def __cinit__(self, list params, list states, list groups, list rules):
@@ -275,14 +276,13 @@ cdef class Plan:
             self.places.append(_hyper_places(RULES[rule]))
         for i in range(len(params)):
             array = &self.plan.arrays[i]
-            array.size = cnp.PyArray_SIZE(params[i])
             array.group = groups[i]
-            set_view(&array.param, params[i])
-            array.real = FS_FLOAT64 if cnp.PyArray_TYPE(params[i]) == cnp.NPY_FLOAT64 else FS_FLOAT32
+            check(fs_array_init(array, cnp.PyArray_NDIM(params[i]), <const ptrdiff_t *>cnp.PyArray_DIMS(params[i])))
+            set_operand(array, FS_PARAM, params[i])
             if rules[groups[i]] is not None and len(states[i]) != fs_rule_states(self.plan.groups[array.group].rule):
                 raise ValueError(f"rule {rules[groups[i]]} has another number of states than {len(states[i])}")
             for s in range(len(states[i])):
-                set_view(&array.state[s], states[i][s])
+                set_operand(array, FS_STATE + <int>s, states[i][s])
         check(fs_plan_finish(self.plan))
 
     def __dealloc__(self):
@@ -306,8 +306,7 @@ cdef class Plan:
                 return <Py_ssize_t>i, moved
             if self.grads[i] is None or not same_memory(grad, self.grads[i]):
                 moved = True
-                self.grads[i] = None    # in case the next line fails
-                set_view(&self.plan.arrays[i].grad, grad)
+                set_operand(&self.plan.arrays[i], FS_GRAD, grad)
                 self.grads[i] = grad
         return -1, moved
 
@@ -342,10 +341,21 @@ cdef class Plan:
     def steps(self, value):
         self.plan.step = value
 
-    def step(self, *, double grad_scale=1.0, clip_norm=None, double clip_factor=1.0, str nonfinite="raise",
-             num_threads=None):
-        """Update parameters and states from the bound gradients; see `run` for what is returned."""
-        return self.run(fs_step, grad_scale, clip_norm, clip_factor, nonfinite, num_threads)
+    def measure(self, *, double grad_scale=1.0, clip_norm=None, double clip_factor=1.0, str nonfinite="raise",
+                num_threads=None):
+        """Look at the bound gradients, as far as a step with these options needs to; see `run` for what is returned."""
+        return self.run(fs_measure, grad_scale, clip_norm, clip_factor, nonfinite, num_threads)
+
+    def update(self, bint apply, bint clear_grads):
+        """Finish the step that was measured: update parameters and states if it is to be applied, then clear gradients.
+
+        Nothing here can fail or be interrupted: no allocation, no Python.
+        """
+        with nogil:
+            if apply:
+                fs_update(self.plan, &self.options)
+            if clear_grads:
+                fs_clear(self.plan, &self.options)
 
     def norm(self, *, num_threads=None):
         """Measure the bound gradients."""
@@ -358,17 +368,16 @@ cdef class Plan:
     cdef run(self, void (*function)(fs_plan *, const fs_options *, fs_report *) noexcept nogil, double grad_scale,
              clip_norm, double clip_factor, str nonfinite, num_threads):
         """(applied, grad_norm or None, clip_factor, indices of arrays with non-finite gradients, how many elements)"""
-        cdef fs_options options
         cdef fs_report report
         cdef size_t i
-        options.grad_scale = grad_scale
-        options.clip_norm = or_infinity(clip_norm)
-        options.n_threads = 0 if num_threads is None else num_threads
-        options.clip_factor = clip_factor
-        options.nonfinite = (FS_NONFINITE_ZERO if nonfinite == "zero" else
-                             FS_NONFINITE_PROPAGATE if nonfinite == "propagate" else FS_NONFINITE_STOP)
+        self.options.grad_scale = grad_scale
+        self.options.clip_norm = or_infinity(clip_norm)
+        self.options.n_threads = 0 if num_threads is None else num_threads
+        self.options.clip_factor = clip_factor
+        self.options.nonfinite = (FS_NONFINITE_ZERO if nonfinite == "zero" else
+                                  FS_NONFINITE_PROPAGATE if nonfinite == "propagate" else FS_NONFINITE_STOP)
         with nogil:
-            function(self.plan, &options, &report)
+            function(self.plan, &self.options, &report)
         bad = []
         if report.has_norm:
             for i in range(self.plan.n_arrays):

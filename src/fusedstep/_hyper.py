@@ -24,6 +24,7 @@ class Options(TypedDict, total=False):
     convention: str
     backend: str
     num_threads: int | None
+    allocate_state: Callable[[str, tuple[int, ...], Any], Any] | None
 
 
 OPTION_DEFAULTS: dict[str, Any] = {
@@ -38,10 +39,11 @@ OPTION_DEFAULTS: dict[str, Any] = {
     "convention": "torch",
     "backend": "c",
     "num_threads": None,
+    "allocate_state": None,
 }
 
 # Options of the whole optimizer; the others may differ between parameter groups.
-GLOBAL_OPTIONS = ("clip_norm", "nonfinite", "convention", "backend", "num_threads")
+GLOBAL_OPTIONS = ("clip_norm", "nonfinite", "convention", "backend", "num_threads", "allocate_state")
 
 CHOICES = {
     "nonfinite": ("raise", "skip", "zero", "propagate"),
@@ -55,7 +57,7 @@ def number(value: Any, label: str, wanted: str, accept: Callable[[float], bool])
         raise TypeError(f"{label}: expected {wanted}, got {value!r}")
     try:
         result = float(value)
-    except (TypeError, ValueError):  # an array of several numbers, for example
+    except (TypeError, ValueError, OverflowError):  # an array of several numbers, for example
         raise TypeError(f"{label}: expected {wanted}, got {value!r}") from None
     if not (math.isfinite(result) and accept(result)):
         raise ValueError(f"{label}: expected {wanted}, got {value!r}")

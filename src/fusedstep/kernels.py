@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _arrays, _backends, _hyper, reference, rules
+from . import _arrays, _backends, _hyper, rules
 from .optimizer import Optimizer
 
 STAGE_DEFAULTS = {
@@ -66,23 +66,22 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         param = _arrays.as_writeable(given["param"], "param")
         grad = _arrays.as_gradient(given["grad"], "grad")
         arrays = tuple(_arrays.as_writeable(given[name], name) for name in states)
-        for name, array in zip(["grad", *states], [grad, *arrays]):
-            if array.shape != param.shape:
-                raise ValueError(f"{name}: expected shape {param.shape}, got {array.shape}")
+        if grad.shape != param.shape:
+            raise ValueError(f"grad: expected shape {param.shape}, got {grad.shape}")
         for name, array in zip(states, arrays):
-            if array.dtype != reference.compute_dtype(param.dtype):
-                raise TypeError(f"{name}: expected dtype {reference.compute_dtype(param.dtype)}, got {array.dtype}")
+            _arrays.check_state(array, param, name)
         _arrays.check_overlaps(zip(["param", *states], [param, *arrays]), [("grad", grad)])
 
         plan = _backends.require_core().Plan([param], [arrays], [0], [optimizer._kernel_name(states, values)])
         plan.steps = given["step"] - 1
         plan.bind([grad])
         plan.set_group(0, values)
-        plan.step(
+        plan.measure(
             grad_scale=values["grad_scale"],
             clip_factor=values["clip_factor"],
             nonfinite="zero" if values["zero_nonfinite"] else "propagate",
         )
+        plan.update(True, False)
 
     return kernel
 

@@ -7,12 +7,14 @@ import operator
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _arrays, _backends, _hyper, reference
+from ._arrays import Change, assign
 from ._hyper import Hyper
 from .errors import NonFiniteGradientError
 
@@ -77,13 +79,17 @@ class Optimizer:
         Compiled kernels, or NumPy. Both give the same bits.
     num_threads : int, optional
         Threads for this optimizer; by default :func:`fusedstep.get_num_threads`.
+    allocate_state : callable, optional
+        ``(name, shape, dtype) -> array`` makes each state array, for example a ``np.memmap`` or one in shared memory; its
+        content is overwritten. The name is that of the parameter and of the state: ``"w1.exp_avg"``. By default state is in
+        memory, in the layout of its parameter.
 
     Attributes
     ----------
     param_groups : list of dict
         ``"params"`` (arrays), ``"names"`` and the hyper-parameters of each group; the latter may be edited between steps.
-    state : dict of dict of ndarray
-        ``state[name][state name]``; float64 for float64 parameters, else float32.
+    state : mapping of mappings of ndarray
+        ``state[name][state name]``; float64 for float64 parameters, else float32. The arrays may be edited in place.
     steps : int
         Number of steps applied.
     """
@@ -134,6 +140,9 @@ class Optimizer:
         self.backend: str = defaults["backend"]
         self.num_threads: int | None = defaults["num_threads"]
         self.clip_norm: Hyper | None = defaults["clip_norm"]
+        self._allocate_state: Callable[[str, tuple[int, ...], Any], Any] | None = defaults["allocate_state"]
+        if self._allocate_state is not None and not callable(self._allocate_state):
+            raise TypeError(f"allocate_state: expected a callable or None, got {self._allocate_state!r}")
         if self.backend == "c":
             _backends.require_core()
 
@@ -152,7 +161,7 @@ class Optimizer:
         _arrays.check_overlaps(self._labelled("params", self._params))
         _hyper.resolve("clip_norm", self.clip_norm, 0, "clip_norm")
 
-        self.state: dict[str, dict[str, Array]] = {name: {} for name in self._names}
+        self.state: Mapping[str, Mapping[str, Array]] = {name: {} for name in self._names}
         self._lock = threading.Lock()
         self._grads: list[Array] | None = None  # bound for the next steps
         self._resolved: dict[int, tuple[list[Any], dict[str, Any]]] = {}  # hyper-parameters as given, and checked
@@ -203,29 +212,36 @@ class Optimizer:
             return
         kernels = [self._kernel(v) for v in values]
         if kernels != self._kernels:
-            state = self._completed(self.state, kernels, values)
-            self._adopt(self._make_plan(kernels, state, steps), kernels, state)
+            state = self._completed(kernels, values)
+            assign(self._adoption(self._make_plan(kernels, state, steps), kernels, state))
         self._in_plan = []
         for i, group_values in enumerate(values):
             self._plan.set_group(i, group_values)
         self._in_plan = values
 
-    def _completed(
-        self, state: Mapping[str, Mapping[str, Array]], kernels: list[Kernel], values: list[dict[str, Any]]
-    ) -> dict[str, dict[str, Array]]:
+    def _completed(self, kernels: list[Kernel], values: list[dict[str, Any]]) -> dict[str, dict[str, Array]]:
         """The state arrays that the kernels need: those there, and new ones for the others."""
         completed: dict[str, dict[str, Array]] = {}
         for name, param, group in zip(self._names, self._params, self._group_of):
             completed[name] = {}
             for key in kernels[group].states:
-                array = state[name].get(key)
+                array = self.state[name].get(key)
                 if array is None:
-                    array = np.zeros(param.shape, reference.compute_dtype(param.dtype))
-                    fill = self._initial_state(key, values[group])
-                    if fill:
-                        array[...] = fill
+                    array = self._new_state(f"{name}.{key}", param, self._initial_state(key, values[group]))
                 completed[name][key] = array
+        if self._allocate_state is not None:
+            _arrays.check_overlaps([*self._labelled("params", self._params), *state_labels(completed)])
         return completed
+
+    def _new_state(self, name: str, param: Array, fill: float) -> Array:
+        dtype = reference.compute_dtype(param.dtype)
+        if self._allocate_state is None:
+            return np.full_like(param, fill, dtype) if fill else np.zeros_like(param, dtype)
+        label = f"allocate_state({name!r})"
+        array = _arrays.as_writeable(self._allocate_state(name, param.shape, dtype), label)
+        _arrays.check_state(array, param, label)
+        array[...] = fill
+        return array
 
     def _make_plan(self, kernels: list[Kernel], state: dict[str, dict[str, Array]], steps: int) -> Any:
         states = [
@@ -241,9 +257,11 @@ class Optimizer:
             plan.bind(self._grads)
         return plan
 
-    def _adopt(self, plan: Any, kernels: list[Kernel], state: dict[str, dict[str, Array]]) -> None:
-        self._plan, self._kernels, self._in_plan = plan, kernels, []
-        self.state.update(state)
+    def _adoption(self, plan: Any, kernels: list[Kernel], state: dict[str, dict[str, Array]]) -> list[Change]:
+        """What to assign to have another plan and its state."""
+        read_only = MappingProxyType({name: MappingProxyType(own) for name, own in state.items()})
+        new = {"_plan": plan, "_kernels": kernels, "_in_plan": [], "state": read_only}
+        return [(self.__dict__, key, value) for key, value in new.items()]
 
     @property
     def steps(self) -> int:
@@ -290,16 +308,15 @@ class Optimizer:
                 raise ValueError(f"params[{self._names[read_only]!r}]: expected a writeable array, got a read-only one")
             if zero_grads:
                 self._check_clearable()
-            applied, grad_norm, clip_factor, bad = self._plan.step(
+            applied, grad_norm, clip_factor, bad = self._plan.measure(
                 grad_scale=grad_scale, clip_norm=clip_norm, nonfinite=self.nonfinite, num_threads=self.num_threads
             )
             nonfinite = {self._names[i]: count for i, count in bad}
             if not applied and self.nonfinite == "raise":
                 raise NonFiniteGradientError(nonfinite)
-            if zero_grads:
-                for grad in self._grads:
-                    grad[...] = 0
-            return StepReport(self._plan.steps, applied, grad_norm, clip_factor, nonfinite)
+            report = StepReport(steps + applied, applied, grad_norm, clip_factor, nonfinite)
+            self._plan.update(applied, zero_grads)  # last of all, so that nothing can go wrong afterwards
+            return report
 
     def bind(self, grads: Any) -> None:
         """Use these gradient arrays from now on: later calls of :meth:`step` without gradients read what they then hold."""
@@ -328,8 +345,8 @@ class Optimizer:
                 _, moved_too = self._plan.bind(grads)
                 moved = moved or moved_too
             if moved:
-                state = [(f"state[{name!r}][{key!r}]", a) for name, own in self.state.items() for key, a in own.items()]
-                _arrays.check_overlaps([*self._labelled("params", self._params), *state], self._labelled("grads", grads))
+                written = [*self._labelled("params", self._params), *state_labels(self.state)]
+                _arrays.check_overlaps(written, self._labelled("grads", grads))
         except BaseException:
             if self._grads is not None:
                 self._plan.bind(self._grads)  # what was bound before stays bound
@@ -393,12 +410,12 @@ class Optimizer:
             groups = self._loaded_groups(state_dict["param_groups"], strict)
             values = self._resolve(groups, int(step))
             kernels = [self._kernel(v) for v in values]
-            state = self._completed(self.state | self._loaded_states(state_dict["state"], kernels, strict), kernels, values)
+            loaded = self._loaded_states(state_dict["state"], kernels, strict)
+            state = self._completed(kernels, values)
             plan = self._make_plan(kernels, state, int(step))
-            # From here on nothing fails.
-            self._adopt(plan, kernels, state)
-            for group, loaded in zip(self.param_groups, groups):
-                group.update(loaded)
+            changes: list[Change] = [(state[n][key], ..., array) for n, own in loaded.items() for key, array in own.items()]
+            changes += [(group, key, new[key]) for group, new in zip(self.param_groups, groups) for key in new]
+            assign(changes + self._adoption(plan, kernels, state))
 
     def _loaded_groups(self, loaded: Any, strict: bool) -> list[dict[str, Any]]:
         """The present groups with the hyper-parameters of the loaded ones."""
@@ -421,7 +438,7 @@ class Optimizer:
         return groups
 
     def _loaded_states(self, loaded: Any, kernels: list[Kernel], strict: bool) -> dict[str, dict[str, Array]]:
-        """Copies of the loaded state arrays, checked."""
+        """The loaded state arrays, checked."""
         if not isinstance(loaded, Mapping) or not all(isinstance(own, Mapping) for own in loaded.values()):
             raise TypeError(f"state_dict['state']: expected a mapping of mappings, got {loaded!r}")
         states: dict[str, dict[str, Array]] = {}
@@ -436,16 +453,11 @@ class Optimizer:
             wanted = kernels[group].states
             if set(loaded[name]) != set(wanted):
                 raise ValueError(f"state_dict['state'][{name!r}]: expected {sorted(wanted)}, got {sorted(loaded[name])}")
-            dtype = reference.compute_dtype(param.dtype)
             states[name] = {}
             for key in wanted:
                 label = f"state_dict['state'][{name!r}][{key!r}]"
-                array = _arrays.as_array(loaded[name][key], label)
-                if array.dtype != dtype:
-                    raise TypeError(f"{label}: expected dtype {dtype}, got {array.dtype}")
-                if array.shape != param.shape:
-                    raise ValueError(f"{label}: expected shape {param.shape}, got {array.shape}")
-                states[name][key] = array.copy(order="C")
+                states[name][key] = _arrays.as_array(loaded[name][key], label)
+                _arrays.check_state(states[name][key], param, label)
         return states
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -458,6 +470,10 @@ class Optimizer:
             for group in self.param_groups
         )
         return f"<{type(self).__name__} after {self.steps} steps{groups}>"
+
+
+def state_labels(state: Mapping[str, Mapping[str, Array]]) -> list[tuple[str, Array]]:
+    return [(f"state[{name!r}][{key!r}]", array) for name, own in state.items() for key, array in own.items()]
 
 
 def is_groups(params: Any) -> bool:

@@ -1,0 +1,316 @@
+/* Where the elements of arrays lie, and how they come to the kernels and back. */
+#include "tiles.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+size_t fs_dtype_size(fs_dtype dtype)
+{
+    static const size_t sizes[] = {4, 8, 2, 2};
+    return sizes[dtype];
+}
+
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static size_t ratio_up(size_t a, size_t b) { return (a + b - 1) / b; }
+
+/* ---- Layout --------------------------------------------------------------------------------------------------------- */
+
+fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape)
+{
+    const size_t n = (size_t)n_dims;
+    /* One more loop and dimension than the array has: a tile needs two loops. */
+    const size_t loops = (n + 2) * sizeof(fs_loop), dims = (n + 1) * sizeof(fs_dim);
+    const size_t lengths = (1 + FS_N_OPERANDS) * n * sizeof(ptrdiff_t);
+    char *memory = calloc(1, loops + dims + lengths);
+    if (!memory)
+        return FS_OUT_OF_MEMORY;
+    *array = (fs_array){.size = 1, .group = array->group, .n_dims = n_dims, .memory = memory};
+    array->loops = (fs_loop *)memory;
+    array->grad_dims = (fs_dim *)(memory + loops);
+    array->shape = (ptrdiff_t *)(memory + loops + dims);
+    for (int o = 0; o < FS_N_OPERANDS; o++)
+        array->operand[o].strides = array->shape + (size_t)(1 + o) * n;
+    for (int d = 0; d < n_dims; d++) {
+        array->shape[d] = shape[d];
+        array->size *= (size_t)shape[d];
+    }
+    return FS_OK;
+}
+
+/* The gradient's dimensions in C order, without those of size 1, neighbours merged when one stride walks both. */
+static void arrange_grad(fs_array *array)
+{
+    const ptrdiff_t *strides = array->operand[FS_GRAD].strides;
+    fs_dim *dims = array->grad_dims;
+    int n = 0;
+    for (int d = 0; d < array->n_dims; d++) {
+        const size_t size = (size_t)array->shape[d];
+        if (size == 1)
+            continue;
+        if (n > 0 && dims[n - 1].stride == strides[d] * array->shape[d])
+            dims[n - 1] = (fs_dim){dims[n - 1].size * size, strides[d]};
+        else
+            dims[n++] = (fs_dim){size, strides[d]};
+    }
+    if (n == 0)
+        dims[n++] = (fs_dim){1, (ptrdiff_t)fs_dtype_size(array->operand[FS_GRAD].dtype)};
+    array->n_grad_dims = n;
+}
+
+static bool are_one(const fs_loop *outer, const fs_loop *inner)
+{
+    for (int o = 0; o < FS_N_OPERANDS; o++)
+        if (outer->stride[o] != inner->stride[o] * (ptrdiff_t)inner->size)
+            return false;
+    return true;
+}
+
+/* All operands' dimensions in the order of the parameter's memory, merged likewise. */
+static void arrange_loops(fs_array *array)
+{
+    fs_loop *loops = array->loops;
+    int n = 0;
+    loops[n++] = (fs_loop){.size = 1};    /* there are always two */
+    for (int d = 0; d < array->n_dims; d++) {
+        fs_loop loop = {.size = (size_t)array->shape[d]};
+        if (loop.size == 1)
+            continue;
+        for (int o = 0; o < FS_N_OPERANDS; o++)
+            loop.stride[o] = array->operand[o].data ? array->operand[o].strides[d] : 0;
+        int place = n++;
+        for (; place > 1 && llabs(loops[place - 1].stride[FS_PARAM]) < llabs(loop.stride[FS_PARAM]); place--)
+            loops[place] = loops[place - 1];
+        loops[place] = loop;
+    }
+    int last = 0;
+    for (int l = 1; l < n; l++)
+        if (last > 0 && are_one(&loops[last], &loops[l])) {
+            loops[l].size *= loops[last].size;
+            loops[last] = loops[l];
+        } else {
+            loops[++last] = loops[l];
+        }
+    if (last == 0) {
+        loops[++last] = (fs_loop){.size = 1};
+        for (int o = 0; o < FS_N_OPERANDS; o++)
+            loops[last].stride[o] = (ptrdiff_t)fs_dtype_size(array->operand[o].dtype);
+    }
+    array->n_loops = last + 1;
+}
+
+/* Whether an operand jumps from cache line to cache line along the last loop, and is dense along another: that one. */
+static bool find_transposed(const fs_array *array, int *loop)
+{
+    enum { CACHE_LINE = 64 };
+    const int last = array->n_loops - 1;
+    for (int o = FS_GRAD; o < FS_N_OPERANDS; o++)
+        if (llabs(array->loops[last].stride[o]) >= CACHE_LINE)
+            for (int l = 1; l < last; l++)
+                if (llabs(array->loops[l].stride[o]) < CACHE_LINE) {
+                    *loop = l;
+                    return true;
+                }
+    return false;
+}
+
+static bool is_run(const fs_array *array, int o, ptrdiff_t stride)
+{
+    const fs_operand *operand = &array->operand[o];
+    return operand->aligned && operand->dtype == array->real && stride == (ptrdiff_t)fs_dtype_size(operand->dtype);
+}
+
+/* Long rows that are runs are used in place, one by one. */
+static bool has_long_rows(const fs_array *array)
+{
+    enum { LONG = 64 };
+    return array->loops[array->n_loops - 1].size >= LONG;
+}
+
+/* Share the tile's memory: a block for each operand, or equal parts for those that have to be copied. Returns how many
+ * elements an operand has room for. */
+static size_t share_tile(fs_array *array, bool only_copied)
+{
+    const size_t item = fs_dtype_size(array->real);
+    const ptrdiff_t *strides = array->loops[array->n_loops - 1].stride;
+    bool copied[FS_N_OPERANDS];
+    size_t n_copied = 0, place = 0;
+    for (int o = 0; o < FS_N_OPERANDS; o++) {
+        copied[o] = !only_copied || o == FS_GRAD || (array->operand[o].data && !is_run(array, o, strides[o]));
+        n_copied += copied[o];
+    }
+    const size_t room = only_copied ? sizeof(fs_tile) / item / n_copied : FS_BLOCK;
+    for (int o = 0; o < FS_N_OPERANDS; o++) {
+        array->copy_offset[o] = place * item;
+        place += copied[o] ? room : 0;
+    }
+    return room;
+}
+
+/* Cut the loops into blocks of two dimensions, one or several to a tile: along the last loop as far as possible, but if an
+ * operand is transposed also across, for it to use the cache lines it touches, and with larger tiles, for longer rows. */
+static void arrange_tiles(fs_array *array)
+{
+    enum { WIDTH = 16 };
+    array->across = array->n_loops - 2;
+    const bool transposed = find_transposed(array, &array->across);
+    const size_t room = share_tile(array, transposed && has_long_rows(array));
+    fs_loop *last = &array->loops[array->n_loops - 1], *across = &array->loops[array->across];
+    for (int l = 0; l < array->n_loops; l++)
+        array->loops[l].chunk = 1;
+    last->chunk = min_size(last->size, transposed ? room / WIDTH : room);
+    across->chunk = min_size(across->size, room / last->chunk);
+    last->chunk = min_size(last->size, room / across->chunk);
+
+    array->n_blocks = 1;
+    for (int l = 0; l < array->n_loops; l++) {
+        array->loops[l].n_chunks = ratio_up(array->loops[l].size, array->loops[l].chunk);
+        array->n_blocks *= array->loops[l].n_chunks;
+    }
+    array->blocks_per_tile = has_long_rows(array) ? 1 : min_size(array->n_blocks, room / (last->chunk * across->chunk));
+    array->n_tiles = ratio_up(array->n_blocks, array->blocks_per_tile);
+}
+
+void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool aligned, const ptrdiff_t *strides)
+{
+    fs_operand *changed = &array->operand[operand];
+    changed->data = data;
+    changed->dtype = dtype;
+    changed->aligned = aligned;
+    if (array->n_dims > 0)
+        memcpy(changed->strides, strides, (size_t)array->n_dims * sizeof *strides);
+    if (operand == FS_PARAM)
+        array->real = dtype == FS_FLOAT64 ? FS_FLOAT64 : FS_FLOAT32;
+    if (array->size == 0)
+        return;
+    if (operand == FS_GRAD)
+        arrange_grad(array);
+    arrange_loops(array);
+    arrange_tiles(array);
+}
+
+/* ---- The gradient in C order ---------------------------------------------------------------------------------------- */
+
+const void *fs_grad_in_c_order(const fs_array *array)
+{
+    if (array->n_grad_dims > 1 || !is_run(array, FS_GRAD, array->grad_dims[0].stride))
+        return NULL;
+    return array->operand[FS_GRAD].data;
+}
+
+void fs_load_in_c_order(const fs_kernels *k, const fs_array *array, size_t start, size_t count, void *run)
+{
+    const fs_operand *grad = &array->operand[FS_GRAD];
+    const int last = array->n_grad_dims - 1;
+    const fs_dim *dims = array->grad_dims, *inner = &dims[last];
+    while (count > 0) {
+        const char *data = grad->data;
+        size_t rest = start, column = 0, row = 0;
+        for (int d = last; d >= 0; d--) {
+            const size_t index = rest % dims[d].size;
+            rest /= dims[d].size;
+            data += (ptrdiff_t)index * dims[d].stride;
+            if (d == last)
+                column = index;
+            else if (d == last - 1)
+                row = index;
+        }
+        size_t n_rows = 1, n_columns = min_size(count, inner->size - column);
+        if (last > 0 && n_columns == inner->size)
+            n_rows = min_size(count / n_columns, dims[last - 1].size - row);
+        k->load[grad->dtype](n_rows, n_columns, run, data, last > 0 ? dims[last - 1].stride : 0, inner->stride);
+        const size_t n = n_rows * n_columns;
+        run = (char *)run + n * fs_dtype_size(array->real);
+        start += n;
+        count -= n;
+    }
+}
+
+/* ---- All operands, tile by tile ------------------------------------------------------------------------------------- */
+
+typedef struct { char *data; size_t n_outer, n_inner; } fs_block;
+
+#define FOR_BLOCKS(array, tile, block)                                                                           \
+    for (size_t block = tile * array->blocks_per_tile;                                                           \
+         block < (tile + 1) * array->blocks_per_tile && block < array->n_blocks; block++)
+
+static fs_block find_block(const fs_array *array, int o, size_t block)
+{
+    const int last = array->n_loops - 1;
+    fs_block found = {.data = array->operand[o].data};
+    for (int l = last; l >= 0; l--) {
+        const fs_loop *loop = &array->loops[l];
+        const size_t index = block % loop->n_chunks * loop->chunk;
+        block /= loop->n_chunks;
+        found.data += (ptrdiff_t)index * loop->stride[o];
+        if (l == last)
+            found.n_inner = min_size(loop->chunk, loop->size - index);
+        else if (l == array->across)
+            found.n_outer = min_size(loop->chunk, loop->size - index);
+    }
+    return found;
+}
+
+/* Whether the rows of all tiles are runs where they lie. */
+static bool rows_are_runs(const fs_array *array, int o)
+{
+    const fs_loop *across = &array->loops[array->across], *last = &array->loops[array->n_loops - 1];
+    if (array->blocks_per_tile > 1 || !is_run(array, o, last->stride[o]))
+        return false;
+    const bool blocks_are_runs = last->n_chunks == 1 && across->stride[o] == last->stride[o] * (ptrdiff_t)last->size;
+    return has_long_rows(array) || across->chunk == 1 || blocks_are_runs;
+}
+
+bool fs_are_runs(const fs_array *array, int n_operands)
+{
+    for (int o = 0; o < n_operands; o++)
+        if (array->n_loops > 2 || !rows_are_runs(array, o))
+            return false;
+    return true;
+}
+
+size_t fs_first_tile(const fs_array *array, size_t start)
+{
+    const size_t unit = ratio_up(start, FS_BLOCK), n_units = ratio_up(array->size, FS_BLOCK);
+    return array->n_tiles / n_units * unit + array->n_tiles % n_units * unit / n_units;
+}
+
+fs_shape fs_tile_shape(const fs_array *array, size_t tile)
+{
+    size_t count = 0;
+    FOR_BLOCKS(array, tile, block) {
+        const fs_block b = find_block(array, FS_PARAM, block);
+        if (has_long_rows(array))
+            return (fs_shape){b.n_outer, b.n_inner};
+        count += b.n_outer * b.n_inner;
+    }
+    return (fs_shape){1, count};
+}
+
+fs_rows fs_bring(const fs_kernels *k, const fs_array *array, int o, size_t tile, void *run)
+{
+    const ptrdiff_t across = array->loops[array->across].stride[o], along = array->loops[array->n_loops - 1].stride[o];
+    const size_t item = fs_dtype_size(array->real);
+    char *place = run;
+    fs_block b = {0};
+    FOR_BLOCKS(array, tile, block) {
+        b = find_block(array, o, block);
+        if (rows_are_runs(array, o))
+            return (fs_rows){b.data, across};
+        k->load[array->operand[o].dtype](b.n_outer, b.n_inner, place, b.data, across, along);
+        place += b.n_outer * b.n_inner * item;
+    }
+    return (fs_rows){run, (ptrdiff_t)(b.n_inner * item)};
+}
+
+void fs_take_back(const fs_kernels *k, const fs_array *array, int o, size_t tile, const void *run)
+{
+    const ptrdiff_t across = array->loops[array->across].stride[o], along = array->loops[array->n_loops - 1].stride[o];
+    const char *place = run;
+    if (rows_are_runs(array, o))
+        return;
+    FOR_BLOCKS(array, tile, block) {
+        const fs_block b = find_block(array, o, block);
+        k->store[array->operand[o].dtype](b.n_outer, b.n_inner, place, b.data, across, along);
+        place += b.n_outer * b.n_inner * fs_dtype_size(array->real);
+    }
+}

@@ -1,0 +1,34 @@
+/* Elements on their way between arrays and the kernels: runs of at most FS_BLOCK elements of the compute type. Internal. */
+#ifndef FUSEDSTEP_TILES_H
+#define FUSEDSTEP_TILES_H
+
+#include "kernels.h"
+
+/* Memory for a tile: one run of every operand. */
+typedef struct { _Alignas(64) double run[FS_N_OPERANDS][FS_BLOCK]; } fs_tile;
+
+/* Elements [start, start + count) of the gradient in C order, copied to a run. */
+void fs_load_in_c_order(const fs_kernels *k, const fs_array *array, size_t start, size_t count, void *run);
+
+/* The gradient as one run in C order, where it lies; NULL if it is none. */
+const void *fs_grad_in_c_order(const fs_array *array);
+
+/* Whether the first n_operands are all whole runs, to be used where they lie. */
+bool fs_are_runs(const fs_array *array, int n_operands);
+
+/* The first tile of the share of an array that starts with this element, a multiple of FS_BLOCK or its size. */
+size_t fs_first_tile(const fs_array *array, size_t start);
+
+/* The elements of a tile, as rows of the compute type. */
+typedef struct { size_t n_rows, n_columns; } fs_shape;
+typedef struct { char *first; ptrdiff_t stride; } fs_rows;
+
+fs_shape fs_tile_shape(const fs_array *array, size_t tile);
+
+/* An operand's rows: where they lie if they are runs there, else copied to `run`. */
+fs_rows fs_bring(const fs_kernels *k, const fs_array *array, int operand, size_t tile, void *run);
+
+/* The reverse: what `fs_bring` copied, and has changed since, goes back. */
+void fs_take_back(const fs_kernels *k, const fs_array *array, int operand, size_t tile, const void *run);
+
+#endif
