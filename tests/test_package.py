@@ -21,13 +21,15 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.mark.parametrize("name", ["fusedstep", *MODULES])
-def test_docstrings_run(name):
+def test_docstrings_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     module = importlib.import_module(name)
     assert module.__doc__
     assert doctest.testmod(module).failed == 0
 
 
-def test_readme_examples_run():
+def test_readme_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     results = doctest.testfile(str(README), module_relative=False)
     assert results.attempted > 3
     assert results.failed == 0

@@ -68,8 +68,28 @@ BAD = [
     (setting("version", value=99), ValueError, "state_dict['version']: expected 1, got 99"),
     (setting("rule", value="AdamW"), ValueError, "state_dict['rule']: expected 'Adam', got 'AdamW'"),
     (setting("convention", value="keras"), ValueError, "state_dict['convention']: expected 'torch', got 'keras'"),
-    (setting("step", value=-1), ValueError, "state_dict['step']: expected a whole number >= 0, got -1"),
-    (setting("step", value=1.5), ValueError, "state_dict['step']: expected a whole number >= 0, got 1.5"),
+    (setting("step", value=-1), ValueError, "state_dict['step']: expected a whole number from 0 to 2**53, got -1"),
+    (setting("step", value=1.5), ValueError, "state_dict['step']: expected a whole number from 0 to 2**53, got 1.5"),
+    (
+        setting("step", value=2**53),
+        ValueError,
+        f"state_dict['step']: expected a whole number from 0 to 2**53, got {2**53}",
+    ),
+    (
+        setting("options", value={"lr": 1}),
+        ValueError,
+        "state_dict['options']: expected a mapping with keys among clip_norm, nonfinite, got {'lr': 1}",
+    ),
+    (
+        setting("options", "clip_norm", value=0),
+        ValueError,
+        "state_dict['options']['clip_norm']: expected a finite number > 0 or None, got 0",
+    ),
+    (
+        setting("options", "nonfinite", value="hope"),
+        ValueError,
+        "state_dict['options']['nonfinite']: expected one of 'raise', 'skip', 'zero', 'propagate', got 'hope'",
+    ),
     (
         setting("state", "b", "exp_avg", value=np.ones(4)),
         ValueError,

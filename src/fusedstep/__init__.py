@@ -13,6 +13,7 @@ The rules are the classes SGD, Adagrad, Adadelta, RMSprop, Adam and AdamW; :clas
 
 from . import kernels, reference, rules
 from ._threads import get_num_threads, set_num_threads, threads
+from .checkpoint import Checkpoint, load, save
 from .clipping import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
 from .config import show_config
 from .errors import NonFiniteGradientError
@@ -20,6 +21,7 @@ from .optimizer import Optimizer, StepReport
 from .rules import *  # noqa: F403
 
 __all__ = [
+    "Checkpoint",
     "NonFiniteGradientError",
     "Optimizer",
     "StepReport",
@@ -29,7 +31,9 @@ __all__ = [
     "get_num_threads",
     "global_norm",
     "kernels",
+    "load",
     "reference",
+    "save",
     "set_num_threads",
     "show_config",
     "threads",

@@ -136,10 +136,10 @@ def resolve(name: str, value: Any, step: int, label: str) -> Any:
     return CHECKS[name](value, label)
 
 
-def check_choice(name: str, value: Any) -> None:
+def check_choice(name: str, value: Any, label: str | None = None) -> None:
     if value not in CHOICES[name]:
         listed = ", ".join(repr(choice) for choice in CHOICES[name])
-        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+        raise ValueError(f"{label or name}: expected one of {listed}, got {value!r}")
 
 
 def check_num_threads(value: Any, label: str = "num_threads") -> None:

@@ -21,6 +21,7 @@ from .errors import NonFiniteGradientError
 Array = NDArray[Any]
 
 STATE_DICT_VERSION = 1
+SAVED_OPTIONS = ("clip_norm", "nonfinite")  # of the whole optimizer; groups save theirs
 
 
 class StepReport(NamedTuple):
@@ -363,19 +364,25 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later: copies of all state, the step number, the hyper-parameters that are numbers."""
         with self._lock:
-            steps = self._plan.steps
-            self._prepare_plan(self._resolve(self.param_groups, steps), steps)  # state that fits edited hyper-parameters
-            return {
-                "version": STATE_DICT_VERSION,
-                "rule": type(self).__name__,
-                "convention": self.convention,
-                "step": steps,
-                "state": {name: {key: a.copy() for key, a in own.items()} for name, own in self.state.items()},
-                "param_groups": [
-                    {key: value for key, value in group.items() if key != "params" and not has_callable(value)}
-                    for group in self.param_groups
-                ],
-            }
+            live = self._state_dict()
+            return {**live, "state": {name: {k: a.copy() for k, a in own.items()} for name, own in live["state"].items()}}
+
+    def _state_dict(self) -> dict[str, Any]:
+        """The same with the state arrays themselves."""
+        steps = self._plan.steps
+        self._prepare_plan(self._resolve(self.param_groups, steps), steps)  # state that fits edited hyper-parameters
+        return {
+            "version": STATE_DICT_VERSION,
+            "rule": type(self).__name__,
+            "convention": self.convention,
+            "step": steps,
+            "options": {key: value for key in SAVED_OPTIONS if not has_callable(value := getattr(self, key))},
+            "state": {name: dict(own) for name, own in self.state.items()},
+            "param_groups": [
+                {key: value for key, value in group.items() if key != "params" and not has_callable(value)}
+                for group in self.param_groups
+            ],
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Go on from a :meth:`state_dict`. Matched by name; everything is checked before anything changes.
@@ -392,10 +399,15 @@ class Optimizer:
         TypeError, ValueError
             If rule, convention, version, names, shapes or dtypes do not fit. Nothing has changed then.
         """
+        with self._lock:
+            assign(self._loading(state_dict, strict))
+
+    def _loading(self, state_dict: Mapping[str, Any], strict: bool) -> list[Change]:
+        """What to assign to go on from a state dict."""
         label = "state_dict"
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"{label}: expected a mapping, got {type(state_dict).__name__}")
-        for key in ("version", "rule", "convention", "step", "state", "param_groups"):
+        for key in ("version", "rule", "convention", "step", "options", "state", "param_groups"):
             if key not in state_dict:
                 raise ValueError(f"{label}[{key!r}]: expected a value, got none")
         for key, wanted in (
@@ -404,18 +416,27 @@ class Optimizer:
             if state_dict[key] != wanted:
                 raise ValueError(f"{label}[{key!r}]: expected {wanted!r}, got {state_dict[key]!r}")
         step = state_dict["step"]
-        if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 0:
-            raise ValueError(f"{label}['step']: expected a whole number >= 0, got {step!r}")
-        with self._lock:
-            groups = self._loaded_groups(state_dict["param_groups"], strict)
-            values = self._resolve(groups, int(step))
-            kernels = [self._kernel(v) for v in values]
-            loaded = self._loaded_states(state_dict["state"], kernels, strict)
-            state = self._completed(kernels, values)
-            plan = self._make_plan(kernels, state, int(step))
-            changes: list[Change] = [(state[n][key], ..., array) for n, own in loaded.items() for key, array in own.items()]
-            changes += [(group, key, new[key]) for group, new in zip(self.param_groups, groups) for key in new]
-            assign(changes + self._adoption(plan, kernels, state))
+        if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 0 <= step < 2**53:
+            raise ValueError(f"{label}['step']: expected a whole number from 0 to 2**53, got {step!r}")
+        changes = self._loaded_options(state_dict["options"])
+        groups = self._loaded_groups(state_dict["param_groups"], strict)
+        values = self._resolve(groups, int(step))
+        kernels = [self._kernel(v) for v in values]
+        loaded = self._loaded_states(state_dict["state"], kernels, strict)
+        state = self._completed(kernels, values)
+        changes += self._adoption(self._make_plan(kernels, state, int(step)), kernels, state)
+        changes += [(group, key, new[key]) for group, new in zip(self.param_groups, groups) for key in new]
+        return changes + [(state[name][key], ..., array) for name, own in loaded.items() for key, array in own.items()]
+
+    def _loaded_options(self, loaded: Any) -> list[Change]:
+        label = "state_dict['options']"
+        if not isinstance(loaded, Mapping) or not set(loaded) <= set(SAVED_OPTIONS):
+            raise ValueError(f"{label}: expected a mapping with keys among {', '.join(SAVED_OPTIONS)}, got {loaded!r}")
+        if "clip_norm" in loaded:
+            _hyper.resolve("clip_norm", loaded["clip_norm"], 0, f"{label}['clip_norm']")
+        if "nonfinite" in loaded:
+            _hyper.check_choice("nonfinite", loaded["nonfinite"], f"{label}['nonfinite']")
+        return [(self.__dict__, key, value) for key, value in loaded.items() if not has_callable(getattr(self, key))]
 
     def _loaded_groups(self, loaded: Any, strict: bool) -> list[dict[str, Any]]:
         """The present groups with the hyper-parameters of the loaded ones."""
