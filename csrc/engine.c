@@ -385,13 +385,6 @@ void fs_update(fs_plan *plan, const fs_options *options)
 
 /* ---- Gradients alone ------------------------------------------------------------------------------------------------ */
 
-void fs_norm(fs_plan *plan, const fs_options *options, fs_report *report)
-{
-    fs_pass pass = make_pass(plan, options);
-    *report = (fs_report){.clip_factor = 1.0};
-    norm_pass(&pass, report);
-}
-
 static void clip_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
 {
     const fs_array *array = &pass->plan->arrays[i];
@@ -411,13 +404,11 @@ static void clip_work(const fs_pass *pass, size_t i, size_t start, size_t end, f
     }
 }
 
-void fs_clip(fs_plan *plan, const fs_options *options, fs_report *report)
+void fs_clip(fs_plan *plan, const fs_options *options)
 {
     fs_pass pass = make_pass(plan, options);
-    fs_measure(plan, options, report);
     pass.work = clip_work;
-    if (report->applied)
-        run_pass(&pass);
+    run_pass(&pass);
 }
 
 static void clear_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)

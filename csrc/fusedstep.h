@@ -141,19 +141,18 @@ void fs_plan_free(fs_plan *plan);
 void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool aligned, const ptrdiff_t *strides);
 size_t fs_dtype_size(fs_dtype dtype);
 
-/* One step, in two halves. The first looks at the gradients and decides; the second changes parameters and states in place.
- * If report->applied is false, the second must not follow, and nothing has changed. */
+/* The first half of all that is done: look at the gradients and decide. If report->applied is false, the second half must
+ * not follow. The norm is measured if anything depends on it. */
 void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report);
+
+/* The second half of a step, with the same options: change parameters and states in place. */
 void fs_update(fs_plan *plan, const fs_options *options);
+
+/* Or of clipping: change the gradients in place, by norms and values as a step would for its rule. No other stage applies:
+ * grad_scale must be 1, and nonfinite not ZERO. */
+void fs_clip(fs_plan *plan, const fs_options *options);
 
 /* Set the gradients to 0. */
 void fs_clear(fs_plan *plan, const fs_options *options);
-
-/* The norm of the gradients alone. */
-void fs_norm(fs_plan *plan, const fs_options *options, fs_report *report);
-
-/* Clip the gradients themselves, in place, by norms and values as a step would for its rule. No other stage applies:
- * grad_scale must be 1, and nonfinite STOP or PROPAGATE. */
-void fs_clip(fs_plan *plan, const fs_options *options, fs_report *report);
 
 #endif

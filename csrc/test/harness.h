@@ -335,6 +335,15 @@ static fs_report take_step(fs_plan *plan, fs_options options)
     return report;
 }
 
+static fs_report clip(fs_plan *plan, fs_options options)
+{
+    fs_report report;
+    fs_measure(plan, &options, &report);
+    if (report.applied)
+        fs_clip(plan, &options);
+    return report;
+}
+
 static fs_report take_3_steps(fs_plan *plan, fs_options options)
 {
     take_step(plan, options);

@@ -102,7 +102,7 @@ def overlaps_itself(array: Array) -> bool:
 
 def byte_bounds(array: Array) -> tuple[int, int]:
     """First address, and the one after the last, of an array's elements."""
-    low = high = array.__array_interface__["data"][0]
+    low = high = array.ctypes.data
     for stride, size in zip(array.strides, array.shape):
         if stride < 0:
             low += stride * (size - 1)

@@ -95,23 +95,16 @@ class ReferencePlan:
                 changes += zip([param, *states], itertools.repeat(...), new)
             changes.append((self._steps, ..., self._steps + 1))
         if clear_grads:
-            changes += [(grad, ..., 0) for grad in self.grads]
+            changes += [(grad, ..., np.zeros_like(grad)) for grad in self.grads]
         assign(changes)
 
-    def norm(self, *, num_threads: int | None = None) -> Outcome:
-        _, grad_norm, factors, bad = self._measure(1.0, None, "raise")
-        return True, grad_norm, smallest(factors), bad
-
-    def clip(self, *, clip_norm: float | None = None, nonfinite: str = "raise", num_threads: int | None = None) -> Outcome:
-        applied, grad_norm, factors, bad = self._measure(1.0, clip_norm, nonfinite)
-        if applied:
-            clipped = []
-            for grad, factor, group in zip(self.grads, factors, self.groups):
-                g = reference.load_gradient(grad, reference.compute_dtype(grad.dtype))
-                reference.clip(g, factor, self.values[group].get("clip_value"))
-                clipped.append(g.reshape(grad.shape))
-            assign(list(zip(self.grads, itertools.repeat(...), clipped)))
-        return applied, grad_norm, smallest(factors), bad
+    def clip(self) -> None:
+        changes: list[Change] = []
+        for grad, stages, group in zip(self.grads, self.stages, self.groups):
+            g = reference.load_gradient(grad, reference.compute_dtype(grad.dtype))
+            reference.clip(g, stages["clip_factor"], self.values[group].get("clip_value"))
+            changes.append((grad, ..., g.reshape(grad.shape).astype(grad.dtype)))
+        assign(changes)
 
     def _update(self, i: int, param: Array, *states: Array) -> None:
         rule, state_names = self.rules[self.groups[i]]

@@ -92,8 +92,7 @@ cdef extern from "fusedstep.h" nogil:
     void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report)
     void fs_update(fs_plan *plan, const fs_options *options)
     void fs_clear(fs_plan *plan, const fs_options *options)
-    void fs_norm(fs_plan *plan, const fs_options *options, fs_report *report)
-    void fs_clip(fs_plan *plan, const fs_options *options, fs_report *report)
+    void fs_clip(fs_plan *plan, const fs_options *options)
 
 
 cdef extern from *:
@@ -343,31 +342,11 @@ cdef class Plan:
 
     def measure(self, *, double grad_scale=1.0, clip_norm=None, double clip_factor=1.0, str nonfinite="raise",
                 num_threads=None):
-        """Look at the bound gradients, as far as a step with these options needs to; see `run` for what is returned."""
-        return self.run(fs_measure, grad_scale, clip_norm, clip_factor, nonfinite, num_threads)
+        """Look at the bound gradients, and get ready to use them with these options.
 
-    def update(self, bint apply, bint clear_grads):
-        """Finish the step that was measured: update parameters and states if it is to be applied, then clear gradients.
-
-        Nothing here can fail or be interrupted: no allocation, no Python.
+        Returns whether they may be used, their norm (None if nothing depends on it), the smallest clip factor, and for each
+        array with non-finite gradients its index and the number of such elements.
         """
-        with nogil:
-            if apply:
-                fs_update(self.plan, &self.options)
-            if clear_grads:
-                fs_clear(self.plan, &self.options)
-
-    def norm(self, *, num_threads=None):
-        """Measure the bound gradients."""
-        return self.run(fs_norm, 1.0, None, 1.0, "propagate", num_threads)
-
-    def clip(self, *, clip_norm=None, str nonfinite="raise", num_threads=None):
-        """Clip the bound gradients in place."""
-        return self.run(fs_clip, 1.0, clip_norm, 1.0, nonfinite, num_threads)
-
-    cdef run(self, void (*function)(fs_plan *, const fs_options *, fs_report *) noexcept nogil, double grad_scale,
-             clip_norm, double clip_factor, str nonfinite, num_threads):
-        """(applied, grad_norm or None, clip_factor, indices of arrays with non-finite gradients, how many elements)"""
         cdef fs_report report
         cdef size_t i
         self.options.grad_scale = grad_scale
@@ -377,13 +356,28 @@ cdef class Plan:
         self.options.nonfinite = (FS_NONFINITE_ZERO if nonfinite == "zero" else
                                   FS_NONFINITE_PROPAGATE if nonfinite == "propagate" else FS_NONFINITE_STOP)
         with nogil:
-            function(self.plan, &self.options, &report)
+            fs_measure(self.plan, &self.options, &report)
         bad = []
         if report.has_norm:
             for i in range(self.plan.n_arrays):
                 if self.plan.arrays[i].n_nonfinite > 0:
                     bad.append((i, self.plan.arrays[i].n_nonfinite))
         return bool(report.applied), report.grad_norm if report.has_norm else None, report.clip_factor, bad
+
+    # What follows uses gradients that were measured. Nothing here can fail or be interrupted: no allocation, no Python.
+
+    def update(self, bint apply, bint clear_grads):
+        """Update parameters and states if the step is to be applied, then clear the gradients if they are to be."""
+        with nogil:
+            if apply:
+                fs_update(self.plan, &self.options)
+            if clear_grads:
+                fs_clear(self.plan, &self.options)
+
+    def clip(self):
+        """Clip the gradients in place."""
+        with nogil:
+            fs_clip(self.plan, &self.options)
 
 
 cdef double or_infinity(value):

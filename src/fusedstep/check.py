@@ -114,7 +114,7 @@ def check_norms(shape: list[int]) -> tuple[int, int]:
             plan = make(grads, [()] * len(grads), [0] * len(grads), [None])
             plan.bind(grads)
             plan.set_group(0, {})
-            norms.append(np.array([plan.norm()[1]]))
+            norms.append(np.array([plan.measure()[1]]))
         compared += 1
         different += differing(*norms)
     return compared, different

@@ -25,9 +25,10 @@ class Gradients:
         self.plan.set_group(0, clipping)
 
     def clip(self, **options: Any) -> Any:
-        applied, grad_norm, _, bad = self.plan.clip(**options)
+        applied, grad_norm, _, bad = self.plan.measure(**options)
         if not applied:
             raise NonFiniteGradientError({self.names[i]: count for i, count in bad})
+        self.plan.clip()
         return grad_norm
 
 
@@ -53,7 +54,7 @@ def global_norm(grads: Any) -> float:
     >>> fs.global_norm([np.array([3.0]), np.array([[4.0]])])
     5.0
     """
-    norm: float = Gradients(grads, writeable=False).plan.norm()[1]
+    norm: float = Gradients(grads, writeable=False).plan.measure()[1]
     return norm
 
 
