@@ -1,16 +1,19 @@
 """Kernels and reference give the same bits: every rule, option, storage type, size, layout, CPU level, thread count."""
 
+import copy
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import SETTINGS, assert_same_bits, run, setting_id
+from conftest import LEVELS, SETTINGS, assert_same_bits, run, setting_id
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import fusedstep as fs
-from fusedstep import check, database
+from fusedstep import _core, check, database
 
 STEPS = 3
 
@@ -57,46 +60,88 @@ def test_dtypes(entry, settings, options, param_dtype, grad_dtype, level, rng):
     compare(entry, {**settings, **options}, params, grads)
 
 
-def guarded(values, layout):
-    """A view with these values in a larger room of guard values: (view, room)."""
-    n_rows, n_cols = values.shape
-    side = 3 * max(n_rows, n_cols) + 4
-    room = np.full((side, side), 777, values.dtype)
-    view = {
-        "contiguous": lambda: room.reshape(-1)[5 : 5 + values.size].reshape(values.shape),
-        "columns": lambda: room[:n_rows, 2 : 2 + n_cols],
-        "transposed": lambda: room[:n_cols, :n_rows].T,
-        "strided": lambda: room[1 : 1 + 3 * n_rows : 3, 2 : 2 + 2 * n_cols : 2],
-        "reversed": lambda: room[n_rows:0:-1, 3 * n_cols : n_cols : -2][:, :n_cols],
-        "unaligned": lambda: room.reshape(-1).view(np.uint8)[1 : 1 + values.nbytes].view(values.dtype).reshape(values.shape),
-    }[layout]()
+# ---- Layouts ----
+
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+GUARD = 777
+
+# Views of (n, m) elements in a room of at least (3 n + 4, 3 m + 4) and as much the other way round.
+LAYOUTS = {
+    "contiguous": lambda room, n, m: room.reshape(-1)[5 : 5 + n * m].reshape(n, m),
+    "Fortran order": lambda room, n, m: room.reshape(-1)[5 : 5 + n * m].reshape(m, n).T,
+    "columns": lambda room, n, m: room[:n, 2 : 2 + m],
+    "transposed columns": lambda room, n, m: room[2 : 2 + m, :n].T,
+    "strided": lambda room, n, m: room[1 : 1 + 3 * n : 3, 2 : 2 + 2 * m : 2],
+    "reversed": lambda room, n, m: room[n:0:-1, 3 * m : m : -2][:, :m],
+    "one backwards": lambda room, n, m: room.reshape(-1)[5 : 5 + n * m].reshape(n, m)[:, ::-1],
+    "unaligned": lambda room, n, m: room.view(np.uint8).reshape(-1)[1:][: n * m * room.itemsize].view(room.dtype).reshape(n, m),
+}  # fmt: skip
+GRAD_LAYOUTS = [*LAYOUTS, "broadcast rows", "broadcast columns"]
+
+
+def laid_out(values, layout):
+    """These values in a room of guard values: (view, room)."""
+    side = 3 * max(values.shape) + 4
+    room = np.full((side, side), GUARD, values.dtype)
+    view = LAYOUTS[layout](room, *values.shape)
     assert view.shape == values.shape
     view[...] = values
     return view, room
 
 
-LAYOUTS = ["contiguous", "columns", "transposed", "strided", "reversed", "unaligned"]
+def as_gradient(values, layout):
+    """Values that are the same along one dimension, as that layout has them; else (view, room) as above."""
+    if layout == "broadcast rows":
+        return np.broadcast_to(values[0], values.shape), None
+    if layout == "broadcast columns":
+        return np.broadcast_to(values[:, :1], values.shape), None
+    return laid_out(values, layout)
 
 
-@pytest.mark.parametrize("grad_layout", LAYOUTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
-def test_layouts_and_guards(layout, grad_layout, dtype, level, rng):
-    for n_rows, n_cols in [(70, 4), (5, 300), (1, 1), (37, 41)]:
-        values = rng.standard_normal((n_rows, n_cols)).astype(dtype)
-        grads = rng.standard_normal((n_rows, n_cols)).astype(dtype)
-        param, room = guarded(values, layout)
-        grad, _ = guarded(grads, grad_layout)
-        _, blank = guarded(np.full_like(values, 777), layout)
-        plain = values.copy()
-        for p, g in [(param, grad), (plain, grads)]:
-            opt = fs.AdamW([p], lr=0.1, clip_norm=1.0)
-            opt.step([g])
-            opt.step([g])
-        np.testing.assert_array_equal(param, plain)
-        assert not np.array_equal(param, values)
-        param[...] = 777
-        np.testing.assert_array_equal(room, blank)
+def broadcastable(values, layout):
+    """What a gradient of this layout can hold."""
+    repeated = {"broadcast rows": values[:1], "broadcast columns": values[:, :1]}.get(layout, values)
+    return np.broadcast_to(repeated, values.shape)
+
+
+def combinations():
+    """Of layouts; every other one with all options on."""
+    pairs = itertools.product(LAYOUTS, GRAD_LAYOUTS)
+    return [(layout, grad_layout, i % 3 == 0) for i, (layout, grad_layout) in enumerate(pairs)]
+
+
+def test_number_of_combinations():
+    assert len(combinations()) * len(DTYPES) * len(SETTINGS) >= 5000  # on each level
+
+
+@pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(70, 33), (3, 17)])
+def test_layouts(entry, settings, dtype, shape, rng):
+    """Every pair of layouts on every level: the reference's bits in the view, and not one byte changed around it."""
+    before = _core.get_level()
+    start = rng.standard_normal(shape).astype(dtype)
+    values = [rng.standard_normal(shape).astype(dtype) for _ in range(2)]
+    wanted = {}
+    try:
+        for level, (layout, grad_layout, busy) in itertools.product(LEVELS, combinations()):
+            _core.set_level(level)
+            options = {**settings, **(database.OPTIONS[-1] if busy else {})}
+            key = grad_layout if grad_layout.startswith("broadcast") else "any", busy
+            if key not in wanted:
+                grads = [[broadcastable(v, grad_layout)] for v in values]
+                wanted[key], _ = run(entry.optimizer, [start.copy()], grads, **options, backend="reference")
+            param, room = laid_out(start, layout)
+            grads, grad_rooms = zip(*(as_gradient(v, grad_layout) for v in values))
+            grad_rooms_before = copy.deepcopy(grad_rooms)
+            found, _ = run(entry.optimizer, [param], [[g] for g in grads], **options)
+            assert_same_bits(found, wanted[key])
+            _, wanted_room = laid_out(wanted[key][0], layout)
+            assert room.tobytes() == wanted_room.tobytes(), f"outside the view: {layout}, {grad_layout}, {level}"
+            for got, kept in zip(grad_rooms, grad_rooms_before):
+                assert got is None or got.tobytes() == kept.tobytes()
+    finally:
+        _core.set_level(before)
 
 
 FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)

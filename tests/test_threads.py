@@ -107,22 +107,142 @@ def test_forked_child():
     assert first == second
 
 
-def test_multiprocessing_fork():
+WORK = f"""
+import numpy as np, fusedstep as fs
+def work(seed):
+    p = np.random.default_rng(seed).standard_normal({N})
+    opt = fs.Adam([p])
+    for _ in range(3):
+        opt.step([np.ones({N})])
+    return p[:10].tolist()
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_process_pools(method, tmp_path):
+    (tmp_path / "worker.py").write_text(WORK)
     done = python(
         f"""
         import multiprocessing, warnings
-        import numpy as np, fusedstep as fs
         warnings.simplefilter("ignore")
-        def work(seed):
-            p = np.random.default_rng(seed).standard_normal({N})
-            fs.Adam([p]).step([np.ones({N})])
-            return p[:10].tolist()
-        here = [work(seed) for seed in range(3)]
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            assert pool.map_async(work, range(3)).get(60) == here
+        from worker import work
+        if __name__ == "__main__":
+            here = [work(seed) for seed in range(4)]
+            with multiprocessing.get_context("{method}").Pool(2) as pool:
+                assert pool.map_async(work, range(4)).get(60) == here
+        """,
+        PYTHONPATH=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing", "threading"])
+def test_joblib(backend, tmp_path):
+    pytest.importorskip("joblib")
+    (tmp_path / "worker.py").write_text(WORK)
+    done = python(
+        f"""
+        import warnings
+        warnings.simplefilter("ignore")
+        from joblib import Parallel, delayed
+        from worker import work
+        if __name__ == "__main__":
+            here = [work(seed) for seed in range(4)]
+            assert Parallel(2, backend="{backend}", timeout=60)(delayed(work)(seed) for seed in range(4)) == here
+        """,
+        PYTHONPATH=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_threadpoolctl_limits():
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    before = fs.get_num_threads()
+    with threadpoolctl.threadpool_limits(1):
+        assert fs.get_num_threads() == 1
+        with fs.threads(2):  # asked for by name
+            assert fs.get_num_threads() == (2 if _core.openmp() else 1)
+    assert fs.get_num_threads() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_affinity():
+    done = python(
+        "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])\n"
+        "import fusedstep as fs; print(fs.get_num_threads())"
+    )
+    assert done.stdout.strip() == "1", done.stderr
+
+
+def test_beside_scikit_learn_and_torch():
+    """Several OpenMP runtimes in one process, in turn and at the same time; each library works, and the bits are the same."""
+    done = python(
+        f"""
+        import concurrent.futures, importlib.util, warnings
+        import numpy as np
+        warnings.simplefilter("ignore")
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((2000, 20)).astype(np.float32)
+        jobs = []
+        if importlib.util.find_spec("torch"):
+            import torch
+            def by_torch():
+                p = torch.ones({N}, requires_grad=True)
+                p.grad = torch.ones({N})
+                torch.optim.AdamW([p], fused=True).step()
+                return float(p.detach()[0])
+            jobs.append(by_torch)
+        from sklearn.cluster import KMeans
+        from sklearn.ensemble import HistGradientBoostingClassifier
+        jobs.append(lambda: KMeans(5, n_init=1, random_state=0).fit(x).inertia_)
+        jobs.append(lambda: HistGradientBoostingClassifier(max_iter=3).fit(x, x[:, 0] > 0).score(x, x[:, 0] > 0))
+        import fusedstep as fs
+        def by_fusedstep():
+            p = np.ones({N})
+            opt = fs.AdamW([p], clip_norm=1.0)
+            for _ in range(20):
+                opt.step([np.ones({N})])
+            return p.tobytes()
+        jobs.append(by_fusedstep)
+        alone = [job() for job in jobs]
+        with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+            for _ in range(3):
+                together = [future.result(60) for future in [pool.submit(job) for job in jobs]]
+                assert together[-1] == alone[-1]
+                assert np.allclose(together[:-1], alone[:-1])
         """
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_two_optimizers_run_at_the_same_time():
+    """Two threads use more processor time than goes by: their steps overlap. So they could not, with the GIL held."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one processor")
+    n = 4_000_000
+    opts = [fs.Adam([np.ones(n)], num_threads=1) for _ in range(2)]
+    grad = np.ones(n)
+    best = 0.0
+    for _ in range(10):  # other processes may have the processors
+        used = []
+
+        def work(opt, used=used):
+            start = time.thread_time()
+            for _ in range(5):
+                opt.step([grad])
+            used.append(time.thread_time() - start)
+
+        workers = [threading.Thread(target=work, args=(opt,)) for opt in opts]
+        start = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = max(best, sum(used) / (time.perf_counter() - start))
+        if best > 1.5:
+            break
+    assert best > 1.2, best
+    np.testing.assert_array_equal(opts[0].param_groups[0]["params"][0][:3], opts[1].param_groups[0]["params"][0][:3])
 
 
 def test_two_threads_on_one_optimizer():
