@@ -174,6 +174,27 @@ def test_affinity():
     assert done.stdout.strip() == "1", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": "nonsense\n"}, None),
+        ({}, None),
+    ],
+)
+def test_cgroup_quota(files, wanted, tmp_path, monkeypatch):
+    """A container's share of the processors, rounded up, in both versions of cgroups."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(_threads, "CGROUP", tmp_path)
+    assert _threads.cgroup_cpus() == wanted
+
+
 def test_beside_scikit_learn_and_torch():
     """Several OpenMP runtimes in one process, in turn and at the same time; each library works, and the bits are the same."""
     done = python(

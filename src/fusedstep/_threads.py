@@ -58,15 +58,17 @@ def threads(n: int | None) -> Iterator[None]:
 
 _chosen: int | None = None
 
+CGROUP = Path("/sys/fs/cgroup")
+
 
 def cgroup_cpus() -> int | None:
     """CPUs this process's container may use, rounded up; None if there is no quota."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
+        quota, period = (CGROUP / "cpu.max").read_text().split()[:2]
     except (OSError, ValueError):
         try:
-            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text()
-            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text()
+            quota = (CGROUP / "cpu/cpu.cfs_quota_us").read_text()
+            period = (CGROUP / "cpu/cpu.cfs_period_us").read_text()
         except OSError:
             return None
     try:
