@@ -279,3 +279,20 @@ def test_clip_functions_on_views(clip, level, rng):
         clip([plain], 0)
     with pytest.raises(ValueError, match=r"^grads\['0'\] and grads\['1'\]: expected separate arrays"):
         clip([plain, plain], 1.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_refused_gradients_stay_refused(backend):
+    """Also the second time, when the arrays are known; and with others bound before."""
+    for bound in (False, True):
+        p, q = np.ones(3), np.ones(3)
+        opt = fs.Adam([p, q], backend=backend)
+        if bound:
+            opt.bind([np.ones(3), np.ones(3)])
+        before = snapshot(opt)
+        for _ in range(3):
+            with pytest.raises(ValueError, match=r"^params\['0'\] and grads\['1'\]: expected separate arrays"):
+                opt.step([np.ones(3), p])
+            with pytest.raises(ValueError, match=r"^grads\['1'\]: expected shape \(3,\), got \(4,\)"):
+                opt.step([p, np.ones(4)])
+            assert snapshot(opt) == before

@@ -20,6 +20,7 @@
 
 /* ---- Checks ------------------------------------------------------------------------------------------------------ */
 
+static bool quick;           /* whether to leave most cases of slow tests out */
 static int n_failures;       /* in the test that runs */
 static char context[200];    /* which of a test's many cases; part of the failure message */
 

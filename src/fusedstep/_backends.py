@@ -66,6 +66,9 @@ class ReferencePlan:
         self.grads = grads
         return -1, True
 
+    def unbind(self) -> None:
+        self.grads = []
+
     def first_read_only(self) -> int:
         return next((i for i, param in enumerate(self.params) if not param.flags.writeable), -1)
 

@@ -309,6 +309,12 @@ cdef class Plan:
                 self.grads[i] = grad
         return -1, moved
 
+    def unbind(self):
+        """Forget the gradients, so that the next ones are all looked at."""
+        cdef size_t i
+        for i in range(self.plan.n_arrays):
+            self.grads[i] = None
+
     def first_read_only(self):
         """The index of the first parameter that cannot be written; -1 if there is none."""
         cdef size_t i

@@ -349,6 +349,7 @@ class Optimizer:
                 written = [*self._labelled("params", self._params), *state_labels(self.state)]
                 _arrays.check_overlaps(written, self._labelled("grads", grads))
         except BaseException:
+            self._plan.unbind()
             if self._grads is not None:
                 self._plan.bind(self._grads)  # what was bound before stays bound
             raise

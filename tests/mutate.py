@@ -1,0 +1,255 @@
+"""Mutation testing of the C core: each small change to the code must turn a test red.
+
+    python tests/mutate.py                      all mutants (an hour on two cores)
+    python tests/mutate.py --sample 60          some of them
+    python tests/mutate.py --only tiles.c:120   those of a file, or of one line
+
+A mutant is the code with one operator, number, bound, condition or statement changed. It is killed when it does not compile
+without warnings, or when a test fails, crashes or hangs: first the C tests, then, for those that survive, the Python tests on
+an extension with the mutant. Mutants that cannot change any result are listed in EXPLAINED, with the reason. Prints the
+score and every survivor; the exit status is 1 below 95 %.
+"""
+
+import argparse
+import os
+import queue
+import random
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+FILES = ["engine.c", "tiles.c", "plan.c", "kernels.inc", *(f"rules/{path.name}" for path in sorted(CSRC.glob("rules/*.h")))]
+FILES.remove("rules/roofline.h")  # no rule, but the speed limit that rules are measured against
+# Cheap and strong ones first.
+C_TESTS = [
+    "textbook",
+    "stages",
+    "nonfinite",
+    "many_arrays",
+    "out_of_memory",
+    "empty_plans",
+    "half_made_plans",
+    "norms_of_nonfinite",
+    "clip_nonfinite",
+    "clip_magnitudes",
+    "fork",
+    "plans_are_independent",
+    "norms",
+    "guard_pages",
+    "layouts",
+    "levels_and_threads",
+]
+PYTHON_TESTS = ["test_kernels.py", "test_interface.py", "test_failures.py", "test_bits.py"]
+FLAGS = ["-std=c11", "-O1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp", "-Wall", "-Werror"]
+PASSING = 0.95
+ENVIRONMENT = {**os.environ, "QUICK": "1", "OMP_WAIT_POLICY": "passive"}
+
+# What is replaced, and by what.
+SWAPS = [
+    (r" \+ ", [" - "]), (r" - ", [" + "]), (r" \* ", [" / "]), (r" / ", [" * "]), (r" % ", [" / "]),
+    (r" \+= ", [" -= "]), (r" -= ", [" += "]), (r" \*= ", [" /= "]), (r" /= ", [" *= "]),
+    (r" < ", [" <= ", " > "]), (r" <= ", [" < "]), (r" > ", [" >= ", " < "]), (r" >= ", [" > "]),
+    (r" == ", [" != "]), (r" != ", [" == "]), (r" && ", [" || "]), (r" \|\| ", [" && "]),
+    (r"\+\+", ["--"]), (r"--", ["++"]), (r"(?<=[(\s])!(?=\w)", [""]), (r"(?<=[=(,] )-(?=\w)", [""]), (r"(?<=\()-(?=\w)", [""]),
+    (r"\btrue\b", ["false"]), (r"\bfalse\b", ["true"]),
+    (r"\b0\b(?!x)", ["1"]), (r"\b1\b", ["0", "2"]), (r"\b2\b", ["3"]), (r"\b0\.0\b", ["1.0"]), (r"\b1\.0\b", ["0.0", "2.0"]),
+    (r"\bINFINITY\b", ["1.0"]), (r"\bSQRT\b", [""]), (r"\bsqrt\b", [""]), (r"\bmin_size\(", ["max_size("]),
+    (r"\bratio_up\((\w+(?:->\w+|\[\w+\]\.\w+)*), (\w+(?:->\w+|\[\w+\]\.\w+)*)\)", [r"(\1 / \2)"]),
+]  # fmt: skip
+STATEMENT = re.compile(r"^\s+(?!return|const|static|for\b|if\b|else\b|typedef\b)[\w*][^{}]*[=(+-][^{}]*;\s*$")
+
+# (file, part of the line, change or None for any): why no test can notice.
+EXPLAINED: list[tuple[str, str, str | None, str]] = []
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    line: int
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.before.strip()}  ->  {self.after.strip() or '(deleted)'}"
+
+    def explanation(self) -> str | None:
+        for file, part, change, reason in EXPLAINED:
+            if file == self.file and part in self.before and (change is None or change in self.after):
+                return reason
+        return None
+
+
+def code_lines(text: str) -> list[tuple[int, str]]:
+    """The lines that are code: no comments, no preprocessor."""
+    blank = re.sub(r"/\*.*?\*/", lambda match: re.sub(r"[^\n]", " ", match[0]), text, flags=re.S)
+    lines = blank.split("\n")
+    return [(n, line) for n, line in enumerate(lines, 1) if not line.lstrip().startswith("#") and '"' not in line]
+
+
+def mutants_of(file: str) -> list[Mutant]:
+    original = (CSRC / file).read_text().split("\n")
+    found = []
+    for n, code in code_lines((CSRC / file).read_text()):
+        whole = original[n - 1]
+        for pattern, replacements in SWAPS:
+            for match in re.finditer(pattern, code):
+                for replacement in replacements:
+                    changed = whole[: match.start()] + match.expand(replacement) + whole[match.end() :]
+                    found.append(Mutant(file, n, whole, changed))
+        if STATEMENT.match(code):
+            found.append(Mutant(file, n, whole, ""))
+    return found
+
+
+class Worker:
+    """A copy of the sources with its objects."""
+
+    def __init__(self, c_only: bool) -> None:
+        self.c_only = c_only
+        self.folder = Path(tempfile.mkdtemp(prefix="mutate-"))
+        shutil.copytree(CSRC, self.folder / "csrc", ignore=shutil.ignore_patterns("build"))
+        shutil.copytree(
+            ROOT / "src/fusedstep", self.folder / "fusedstep", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        )
+        source = self.folder / "csrc/engine.c"
+        text = "static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }"
+        for name in ("engine.c", "tiles.c"):  # for the mutants of min_size
+            source = self.folder / "csrc" / name
+            lines = source.read_text().split("\n")
+            at = next(n for n, line in enumerate(lines) if "min_size(size_t a" in line)
+            lines[at] += " " + text.replace("static", "static inline")
+            source.write_text("\n".join(lines))
+        self.sources = [path.name for path in sorted(self.folder.glob("csrc/*.c"))]
+        for name in [*self.sources, "test/test_fusedstep.c"]:
+            assert self.compile(name), name
+
+    def run(self, command: list[str | Path], timeout: float) -> bool:
+        try:
+            done = subprocess.run(command, cwd=self.folder / "csrc", env=ENVIRONMENT, capture_output=True, timeout=timeout)
+            return done.returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
+
+    def compile(self, name: str) -> bool:
+        return self.run(["gcc", *FLAGS, "-fPIC", "-I.", "-c", name, "-o", Path(name).stem + ".o"], 120)
+
+    def killer(self, mutant: Mutant) -> str | None:
+        """What notices the mutant; None if nothing does."""
+        path = self.folder / "csrc" / mutant.file
+        lines = path.read_text().split("\n")
+        before = lines[mutant.line - 1]
+        # engine.c and tiles.c have one definition more on one line.
+        lines[mutant.line - 1] = mutant.after + before.removeprefix(mutant.before)
+        path.write_text("\n".join(lines))
+        unit = mutant.file if mutant.file.endswith(".c") else "kernels.c"
+        try:
+            return self.judge(unit)
+        finally:
+            lines[mutant.line - 1] = before
+            path.write_text("\n".join(lines))
+            self.compile(unit)
+
+    def judge(self, unit: str) -> str | None:
+        if not self.compile(unit):
+            return "the compiler"
+        objects = [Path(name).stem + ".o" for name in self.sources]
+        program = "./test_fusedstep"
+        link = ["-fopenmp", "-Wl,--wrap=calloc", "-lm", "-lpthread"]
+        if not self.run(["gcc", *objects, "test_fusedstep.o", "-o", program, *link], 60):
+            return "the linker"
+        for test in C_TESTS:
+            if not self.run([program, test], 15):
+                return f"C {test}"
+        return None if self.c_only else self.python_killer(objects)
+
+    def python_killer(self, objects: list[str]) -> str | None:
+        core = self.folder / "csrc/_core.o"
+        if not core.exists():
+            source = self.folder / "csrc/_core.c"
+            assert self.run(["cython", "-3", ROOT / "src/fusedstep/_core.pyx", "-o", source], 120)
+            include = ["-I", sysconfig.get_path("include"), "-I", numpy.get_include(), "-I."]
+            flags = ["-O1", "-fPIC", '-DFUSEDSTEP_FLAGS="mutant"', "-fopenmp"]
+            assert self.run(["gcc", *flags, *include, "-c", source, "-o", core], 120)
+        library = self.folder / "fusedstep" / ("_core" + sysconfig.get_config_var("EXT_SUFFIX"))
+        assert self.run(["gcc", "-shared", "-fopenmp", core, *objects, "-o", library, "-lm"], 60)
+        command = ["env", f"PYTHONPATH={self.folder}", sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        for test in PYTHON_TESTS:
+            if not self.run([*command, ROOT / "tests" / test], 300):
+                return f"Python {test}"
+        return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, help="so many mutants, chosen at random")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="FILE or FILE:LINE")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--c-only", action="store_true", help="leave the Python tests out")
+    arguments = parser.parse_args()
+    mutants = [mutant for file in FILES for mutant in mutants_of(file)]
+    if arguments.only:
+        file, _, line = arguments.only.partition(":")
+        mutants = [mutant for mutant in mutants if mutant.file == file and line in ("", str(mutant.line))]
+    explained = [mutant for mutant in mutants if mutant.explanation()]
+    mutants = [mutant for mutant in mutants if not mutant.explanation()]
+    if arguments.sample and arguments.sample < len(mutants):
+        mutants = random.Random(arguments.seed).sample(mutants, arguments.sample)
+
+    workers: queue.Queue[Worker] = queue.Queue()
+    for _ in range(arguments.jobs):
+        workers.put(Worker(arguments.c_only))
+    bar = tqdm(total=len(mutants), unit="mutant", desc="mutants", smoothing=0.02)
+
+    def judge(mutant: Mutant) -> str | None:
+        worker = workers.get()
+        try:
+            found = worker.killer(mutant)
+        finally:
+            workers.put(worker)
+        if found is None:
+            bar.write(f"survived: {mutant}")
+        bar.update()
+        return found
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        killers = list(pool.map(judge, mutants))
+    bar.close()
+    while not workers.empty():
+        shutil.rmtree(workers.get().folder)
+
+    print(f"\n{'file':22} {'mutants':>8} {'killed':>8} {'score':>7}")
+    for file in FILES:
+        own = [killer for mutant, killer in zip(mutants, killers) if mutant.file == file]
+        if own:
+            killed = sum(killer is not None for killer in own)
+            print(f"{file:22} {len(own):8} {killed:8} {killed / len(own):7.1%}")
+    killed = sum(killer is not None for killer in killers)
+    score = killed / len(mutants) if mutants else 1.0
+    print(f"{'all':22} {len(mutants):8} {killed:8} {score:7.1%}")
+    print(f"killed by: {', '.join(f'{name} {n}' for name, n in count(killers))}")
+    print(f"explained, and left out: {len(explained)} that change no result")
+    for mutant, killer in zip(mutants, killers):
+        if killer is None:
+            print(f"survived: {mutant}")
+    return 0 if score >= PASSING else 1
+
+
+def count(killers: list[str | None]) -> list[tuple[str, int]]:
+    names = [killer or "nothing" for killer in killers]
+    return sorted(((name, names.count(name)) for name in set(names)), key=lambda item: -item[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
