@@ -118,17 +118,18 @@ def overlap(a: Array, b: Array) -> bool:
         return True
 
 
-def check_overlaps(written: Iterable[tuple[str, Array]], read: Iterable[tuple[str, Array]] = ()) -> None:
-    """Refuse arrays to be written that share memory with any other array here."""
+def check_overlaps(written: Iterable[tuple[str, Array]], read: Iterable[tuple[str, Array]] | None = None) -> None:
+    """Refuse arrays that share memory: two of those to be written; or, given those to be read, one of each."""
     spans = [(*byte_bounds(a), True, label, a) for label, a in written if a.size]
-    spans += [(*byte_bounds(a), False, label, a) for label, a in read if a.size]
+    spans += [(*byte_bounds(a), False, label, a) for label, a in read or () if a.size]
     spans.sort(key=lambda span: span[0])
     open_spans: list[tuple[int, int, bool, str, Array]] = []
     for span in spans:
         low, _, is_written, label, array = span
         open_spans = [other for other in open_spans if other[1] > low]
         for _, _, other_is_written, other_label, other_array in open_spans:
-            if (is_written or other_is_written) and overlap(array, other_array):
+            matters = is_written and other_is_written if read is None else is_written != other_is_written
+            if matters and overlap(array, other_array):
                 raise ValueError(f"{other_label} and {label}: expected separate arrays, got arrays that share memory")
         open_spans.append(span)
 

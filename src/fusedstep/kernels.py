@@ -70,7 +70,9 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
             raise ValueError(f"grad: expected shape {param.shape}, got {grad.shape}")
         for name, array in zip(states, arrays):
             _arrays.check_state(array, param, name)
-        _arrays.check_overlaps(zip(["param", *states], [param, *arrays]), [("grad", grad)])
+        written = list(zip(["param", *states], [param, *arrays]))
+        _arrays.check_overlaps(written)
+        _arrays.check_overlaps(written, [("grad", grad)])
 
         plan = _backends.require_core().Plan([param], [arrays], [0], [optimizer._kernel_name(states, values)])
         plan.steps = given["step"] - 1
