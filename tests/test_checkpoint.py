@@ -355,6 +355,18 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
             assert os.listdir(tmp_path) == ["a"]
 
 
+def test_full_disk(tmp_path, monkeypatch):
+    """What the library reports becomes an OSError that names the file."""
+
+    def fail(*_, **__):
+        raise safetensors.SafetensorError("no space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(OSError, match=r"a: cannot be written: no space left on device$"):
+        fs.save(tmp_path / "a", make()[1])
+    assert os.listdir(tmp_path) == []
+
+
 def test_leftovers_of_the_dead_are_removed(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

@@ -481,3 +481,28 @@ def test_kernels_have_the_references_signatures():
     for name in names:
         assert inspect.signature(getattr(kernels, name)) == inspect.signature(getattr(reference, name))
         assert getattr(kernels, name).__doc__ == getattr(reference, name).__doc__
+
+
+def test_wrong_number_of_groups():
+    w, b = np.ones(2), np.ones(3)
+    opt = fs.SGD([{"params": [w]}, {"params": [b], "lr": 0.1}])
+    with pytest.raises(ValueError, match="^grads: expected 2 groups, got 1$"):
+        opt.step([[np.ones(2)]])
+    assert (w == 1).all()
+
+
+def test_overlap_that_is_too_hard_to_decide(monkeypatch):
+    """np.shares_memory gives up after a bounded effort: then arrays count as overlapping."""
+    a = np.zeros(100)
+    p, q = a[::2], a[1::2]
+    fs.SGD([p, q])
+
+    def give_up(*_, **options):
+        assert options == {"max_work": 100_000}
+        raise np.exceptions.TooHardError
+
+    monkeypatch.setattr(np, "shares_memory", give_up)
+    with pytest.raises(
+        ValueError, match=r"^params\['0'\] and params\['1'\]: expected separate arrays, got arrays that share memory$"
+    ):
+        fs.SGD([p, q])

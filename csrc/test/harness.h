@@ -20,7 +20,7 @@
 
 /* ---- Checks ------------------------------------------------------------------------------------------------------ */
 
-static bool quick;           /* whether to leave most cases of slow tests out */
+static bool quick;           /* whether to leave most cases of slow tests out, and to end with the first failure */
 static int n_failures;       /* in the test that runs */
 static char context[200];    /* which of a test's many cases; part of the failure message */
 
@@ -31,6 +31,8 @@ static void check(bool holds, const char *condition, int line)
 {
     if (!holds && ++n_failures <= 5)
         printf("%s:%d: CHECK(%s) failed: %s\n", __FILE__, line, condition, context);
+    if (!holds && quick)
+        _exit(1);
 }
 
 #define FOR_LEVELS(level)                                                  \

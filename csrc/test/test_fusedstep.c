@@ -905,6 +905,9 @@ static void test_plans_are_independent(void)
 
 static void test_settings(void)
 {
+    static const size_t sizes[] = {[FS_FLOAT32] = 4, [FS_FLOAT64] = 8, [FS_FLOAT16] = 2, [FS_BFLOAT16] = 2};
+    for (int dtype = 0; dtype < N_DTYPES; dtype++)
+        CHECK(fs_dtype_size((fs_dtype)dtype) == sizes[dtype]);
     CHECK(fs_level_available(FS_BASELINE));
     for (fs_level level = FS_BASELINE; level < FS_N_LEVELS; level++) {
         const fs_level before = fs_level_current();
@@ -932,7 +935,8 @@ static bool is_wanted(const char *name, int argc, char **argv)
     return argc == 1;
 }
 
-/* Runs all tests, or those that are named. With QUICK set in the environment, only a part of the cases of slow ones. */
+/* Runs all tests, or those that are named. With QUICK set in the environment, only some cases of slow ones, and up
+ * to the first failure. */
 int main(int argc, char **argv)
 {
     quick = getenv("QUICK") != NULL;
