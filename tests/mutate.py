@@ -32,7 +32,7 @@ CSRC = ROOT / "csrc"
 FILES = ["engine.c", "tiles.c", "plan.c", "kernels.inc", *(f"rules/{path.name}" for path in sorted(CSRC.glob("rules/*.h")))]
 FILES.remove("rules/roofline.h")  # no rule, but the speed limit that rules are measured against
 # Cheap and strong ones first.
-C_TESTS = """textbook settings out_of_memory empty_plans half_made_plans norms_of_nonfinite clip_nonfinite clip_magnitudes
+C_TESTS = """textbook settings out_of_memory empty_plans half_made_plans scalar norms_of_nonfinite clip_nonfinite clip_magnitudes
     many_arrays stages guard_pages plans_are_independent fork layouts nonfinite levels_and_threads norms""".split()
 PYTHON_TESTS = ["test_kernels.py", "test_interface.py", "test_failures.py", "test_bits.py"]
 FLAGS = ["-std=c11", "-O1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp", "-Wall", "-Werror"]
@@ -66,6 +66,11 @@ EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("engine.c", "plan->first_element[middle] <=", None, "where the shares of threads are cut changes no result"),
     ("engine.c", "*start = (element", None, "where the shares of threads are cut changes no result, but for giant arrays"),
     ("engine.c", "if (n_threads > 1)", None, "a team of one, or one thread in place of two, changes no result"),
+    ("engine.c", "return a < b ? a : b", "a <= b", "equal numbers"),
+    ("engine.c", "if (run && pass->options->grad_scale ==", None, "the short way and the long way have the same bits"),
+    ("tiles.c", "if (n > 0 && dims[n - 1].stride", "if (n < 0", "unmerged dimensions only take time"),
+    ("tiles.c", "if (n > 0 && dims[n - 1].stride", "dims[n + 1].stride", "unmerged dimensions only take time"),
+    ("tiles.c", "if (n > 0 && dims[n - 1].stride", "dims[n - 0].stride", "unmerged dimensions only take time"),
     ("engine.c", "own_share = 0", None, "time keeping"),
     ("engine.c", "int team = 1", None, "time keeping"),
     ("engine.c", "omp_get_thread_num() == 0", None, "time keeping"),
@@ -171,7 +176,7 @@ class Worker:
         if not self.run(["gcc", *objects, "test_fusedstep.o", "-o", program, *link], 60):
             return "the linker"
         for test in C_TESTS:
-            if not self.run([program, test], 8):
+            if not self.run([program, test], 30):
                 return f"C {test}"
         return None if self.c_only else self.python_killer(objects)
 

@@ -323,7 +323,7 @@ static void check_layouts(trio t, const fs_options *options, const ptrdiff_t *sh
 
 static void test_layouts(void)
 {
-    static const ptrdiff_t shapes[][3] = {{3, 37, 37}, {2, 70, 33}, {1, 5, 1}, {3, 0, 2}, {1, 1, 1}};
+    static const ptrdiff_t shapes[][3] = {{3, 37, 37}, {2, 70, 33}, {2, 2, 2}, {1, 5, 1}, {3, 0, 2}, {1, 1, 1}};
     for (size_t s = 0; s < LENGTH(shapes); s++) {
         const ptrdiff_t *shape = shapes[s];
         size_t sizes[N_PAIRS];
@@ -804,6 +804,31 @@ static void test_empty_plans(void)
     }
 }
 
+/* One element without dimensions, aligned or not. */
+static void test_scalar(void)
+{
+    const size_t one = 1;
+    const trio t = make_trio(FS_FLOAT32, 1, &one);
+    char memory[FS_N_OPERANDS][9];
+    FOR_RULES(rule)
+        for (int shift = 0; shift <= 1; shift++) {
+            CONTEXT("%s, shift %d", fs_rule_name(rule), shift);
+            fs_plan *plan = make_plan_like(t.initial, 0, NULL);
+            const fs_options options = busy(t.initial, rule);
+            copy_settings(plan, t.initial);
+            copy_plan(t.expected, t.initial);
+            for (int o = 0; o < FS_N_OPERANDS; o++) {
+                memcpy(memory[o] + shift, operand(t.initial, 0, o)->data, sizeof(float));
+                fs_array_set(&plan->arrays[0], o, memory[o] + shift, FS_FLOAT32, false, NULL);
+            }
+            take_3_steps(plan, options);
+            take_3_steps(t.expected, options);
+            CHECK(same_plan(plan, t.expected));
+            fs_plan_free(plan);
+        }
+    free_trio(t);
+}
+
 static void test_half_made_plans(void)
 {
     float data[6] = {0};
@@ -944,7 +969,8 @@ int main(int argc, char **argv)
 #define TEST(name) {#name, test_##name}
     static const struct { const char *name; void (*run)(void); } tests[] = {
         TEST(textbook),       TEST(stages),         TEST(nonfinite),             TEST(out_of_memory),
-        TEST(many_arrays),    TEST(empty_plans),    TEST(half_made_plans),       TEST(norms_of_nonfinite),
+        TEST(many_arrays),    TEST(empty_plans),    TEST(half_made_plans),       TEST(scalar),
+        TEST(norms_of_nonfinite),
         TEST(clip_nonfinite), TEST(clip_magnitudes), TEST(norms),                TEST(layouts),
         TEST(guard_pages),    TEST(fork),           TEST(plans_are_independent), TEST(levels_and_threads),
         TEST(halves_load_and_store),                TEST(halves_round),          TEST(settings),
