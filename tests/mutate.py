@@ -32,8 +32,28 @@ CSRC = ROOT / "csrc"
 FILES = ["engine.c", "tiles.c", "plan.c", "kernels.inc", *(f"rules/{path.name}" for path in sorted(CSRC.glob("rules/*.h")))]
 FILES.remove("rules/roofline.h")  # no rule, but the speed limit that rules are measured against
 # Cheap and strong ones first.
-C_TESTS = """textbook settings out_of_memory empty_plans half_made_plans scalar norms_of_nonfinite clip_nonfinite clip_magnitudes
-    many_arrays stages guard_pages plans_are_independent fork layouts nonfinite levels_and_threads norms""".split()
+C_TESTS = [
+    "textbook",
+    "settings",
+    "out_of_memory",
+    "empty_plans",
+    "half_made_plans",
+    "scalar",
+    "norms_of_nonfinite",
+    "clip_nonfinite",
+    "clip_magnitudes",
+    "many_arrays",
+    "stages",
+    "runs_have_ends",
+    "grad_scale",
+    "guard_pages",
+    "plans_are_independent",
+    "fork",
+    "layouts",
+    "nonfinite",
+    "levels_and_threads",
+    "norms",
+]
 PYTHON_TESTS = ["test_kernels.py", "test_interface.py", "test_failures.py", "test_bits.py"]
 FLAGS = ["-std=c11", "-O1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp", "-Wall", "-Werror"]
 PASSING = 0.95
@@ -47,7 +67,7 @@ SWAPS = [
     (r" == ", [" != "]), (r" != ", [" == "]), (r" && ", [" || "]), (r" \|\| ", [" && "]),
     (r"\+\+", ["--"]), (r"--", ["++"]), (r"(?<=[(\s])!(?=\w)", [""]), (r"(?<=[=(,] )-(?=\w)", [""]), (r"(?<=\()-(?=\w)", [""]),
     (r"\btrue\b", ["false"]), (r"\bfalse\b", ["true"]),
-    (r"\b0\b(?!x)", ["1"]), (r"\b1\b", ["0", "2"]), (r"\b2\b", ["3"]), (r"\b0\.0\b", ["1.0"]), (r"\b1\.0\b", ["0.0", "2.0"]),
+    (r"(?<![.\w])0(?![.\w])", ["1"]), (r"(?<![.\w])1(?![.\w])", ["0", "2"]), (r"(?<![.\w])2(?![.\w])", ["3"]), (r"\b0\.0\b", ["1.0"]), (r"\b1\.0\b", ["0.0", "2.0"]),
     (r"\bINFINITY\b", ["1.0"]), (r"\bSQRT\b", [""]), (r"\bsqrt\b", [""]), (r"\bmin_size\(", ["max_size("]),
     (r"\bratio_up\((\w+(?:->\w+|\[\w+\]\.\w+)*), (\w+(?:->\w+|\[\w+\]\.\w+)*)\)", [r"(\1 / \2)"]),
 ]  # fmt: skip
@@ -67,7 +87,8 @@ EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("engine.c", "*start = (element", None, "where the shares of threads are cut changes no result, but for giant arrays"),
     ("engine.c", "if (n_threads > 1)", None, "a team of one, or one thread in place of two, changes no result"),
     ("engine.c", "return a < b ? a : b", "a <= b", "equal numbers"),
-    ("engine.c", "if (run && pass->options->grad_scale ==", None, "the short way and the long way have the same bits"),
+    ("engine.c", "if (run && pass->options->grad_scale ==", "0.0", "the short way and the long way have the same bits"),
+    ("kernels.inc", "if (grad_scale != 1.0)", "0.0", "the same division, by 1"),
     ("tiles.c", "if (n > 0 && dims[n - 1].stride", "if (n < 0", "unmerged dimensions only take time"),
     ("tiles.c", "if (n > 0 && dims[n - 1].stride", "dims[n + 1].stride", "unmerged dimensions only take time"),
     ("tiles.c", "if (n > 0 && dims[n - 1].stride", "dims[n - 0].stride", "unmerged dimensions only take time"),

@@ -355,6 +355,63 @@ static void copy_spaced(fs_plan *spaced, fs_plan *plan, ptrdiff_t gap, bool to_s
     }
 }
 
+/* A grad_scale of 2 and gradients twice as large change nothing. */
+static void test_grad_scale(void)
+{
+    static const size_t sizes[] = {3000, 17};
+    const trio t = make_trio(FS_FLOAT32, LENGTH(sizes), sizes);
+    for (int is_busy = 0; is_busy <= 1; is_busy++) {
+        CONTEXT("busy %d", is_busy);
+        fs_options options = is_busy ? busy(t.initial, find_rule("adam")) : plain(t.initial, find_rule("adam"));
+        copy_plan(t.expected, t.initial);
+        copy_plan(t.plan, t.initial);
+        for (size_t i = 0; i < LENGTH(sizes); i++)
+            for (size_t e = 0; e < sizes[i]; e++)
+                set(t.plan, i, FS_GRAD, e, 2 * get(t.initial, i, FS_GRAD, e));
+        options.grad_scale = 1;
+        const fs_report expected = take_3_steps(t.expected, options);
+        options.grad_scale = 2;
+        const fs_report report = take_3_steps(t.plan, options);
+        CHECK(report.grad_norm == expected.grad_norm && report.clip_factor == expected.clip_factor);
+        for (int o = 0; o < FS_N_OPERANDS; o++)
+            CHECK(o == FS_GRAD || same_operand(t.plan, t.expected, o));
+    }
+    free_trio(t);
+}
+
+/* What works on a tile changes all of n elements and nothing beyond. */
+static void test_runs_have_ends(void)
+{
+    enum { MAX_SIZE = 70, EDGE = 4 };
+    const fs_stages stages = {.negate = true, .factor = 0.5, .clip_value = 100, .weight_decay = 0.5, .l1 = 0.25};
+    double memory[MAX_SIZE + 2 * EDGE], param[MAX_SIZE];
+    for (fs_dtype real = FS_FLOAT32; real <= FS_FLOAT64; real++)
+        FOR_LEVELS(level)
+            for (size_t n = 0; n <= MAX_SIZE; n++) {
+                const fs_kernels *k = fs_kernels_of(level, real);
+                const size_t item = fs_dtype_size(real);
+                char *const run = (char *)memory + EDGE * item;
+                CONTEXT("real %d, level %s, %zu elements", real, fs_level_name(level), n);
+                for (int nonfinite = 0; nonfinite <= 1; nonfinite++) {
+                    for (size_t i = 0; i < n + 2 * EDGE; i++)
+                        write_item(real, (char *)memory + i * item, nonfinite ? NAN : 24);
+                    for (size_t i = 0; i < n; i++)
+                        write_item(real, (char *)param + i * item, 2);
+                    k->unscale(n, run, 3, true);
+                    for (size_t i = 0; i < n; i++)
+                        CHECK(read_item(real, run + i * item) == (nonfinite ? 0 : 8));
+                    k->apply_stages(n, run, param, &stages);
+                    for (size_t i = 0; i < n; i++)
+                        CHECK(read_item(real, run + i * item) == (nonfinite ? 1.25 : -2.75));
+                    for (size_t i = 0; i < EDGE; i++)
+                        for (int after = 0; after <= 1; after++) {
+                            const double x = read_item(real, (char *)memory + (i + (after ? n + EDGE : 0)) * item);
+                            CHECK(nonfinite ? isnan(x) : x == 24);
+                        }
+                }
+            }
+}
+
 /* Kernels that read or write one element too many die here: `pages` lie between inaccessible ones. */
 static void check_in_pages(char **pages, size_t page_size, fs_dtype storage, size_t size)
 {
@@ -519,11 +576,12 @@ static void test_norms_of_nonfinite(void)
         }
 }
 
-/* One bad element, the last of all. */
-static void check_nonfinite(trio t, double bad, int n_threads)
+/* One bad element, the first or last of the last array. */
+static void check_nonfinite(trio t, double bad, bool is_first, int n_threads)
 {
-    const size_t n_arrays = t.initial->n_arrays, last = n_arrays - 1, e = t.initial->arrays[last].size - 1;
-    CONTEXT("%zu arrays, %g, %d threads", n_arrays, bad, n_threads);
+    const size_t n_arrays = t.initial->n_arrays, last = n_arrays - 1, e = is_first ? 0 : t.initial->arrays[last].size - 1;
+    const double good = get(t.initial, last, FS_GRAD, e);
+    CONTEXT("%zu arrays, %g, first %d, %d threads", n_arrays, bad, is_first, n_threads);
     fs_options options = plain(t.initial, find_rule("sgd_momentum"));
     options.n_threads = n_threads;
     t.initial->step = 7;
@@ -555,6 +613,7 @@ static void check_nonfinite(trio t, double bad, int n_threads)
     for (int o = 0; o < FS_N_OPERANDS; o++)
         set(t.plan, last, o, e, get(t.expected, last, o, e));
     CHECK(same_plan(t.plan, t.expected));
+    set(t.initial, last, FS_GRAD, e, good);
 }
 
 static void test_nonfinite(void)
@@ -569,7 +628,7 @@ static void test_nonfinite(void)
         const trio t = make_trio(MIXED, n_arrays, sizes);
         for (size_t b = 0; b < LENGTH(bad); b++)
             for (int n_threads = 1; n_threads <= 3; n_threads++)
-                check_nonfinite(t, bad[b], n_threads);
+                check_nonfinite(t, bad[b], n_threads == 2, n_threads);
         free_trio(t);
     }
 
@@ -972,7 +1031,7 @@ int main(int argc, char **argv)
         TEST(many_arrays),    TEST(empty_plans),    TEST(half_made_plans),       TEST(scalar),
         TEST(norms_of_nonfinite),
         TEST(clip_nonfinite), TEST(clip_magnitudes), TEST(norms),                TEST(layouts),
-        TEST(guard_pages),    TEST(fork),           TEST(plans_are_independent), TEST(levels_and_threads),
+        TEST(runs_have_ends), TEST(grad_scale), TEST(guard_pages),    TEST(fork),           TEST(plans_are_independent), TEST(levels_and_threads),
         TEST(halves_load_and_store),                TEST(halves_round),          TEST(settings),
     };
     const fs_level best = fs_level_current();
