@@ -21,6 +21,7 @@ def test_keyboard_interrupt(backend):
     code = """
         import os, random, signal, sys, threading, time
         import numpy as np, fusedstep as fs
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # some shells have the signal ignored
         backend, n = sys.argv[1], 300_000
         params = {"a": np.zeros(n), "b": np.zeros((300, 1000))[:, ::2]}
         opt = fs.SGD(params, lr=1.0, momentum=0.5, backend=backend)
@@ -50,6 +51,7 @@ def test_keyboard_interrupt(backend):
         random.seed(0)
         for _ in range(60):
             sent.clear()
+            stepping = False
             try:
                 go.set()
                 while not sent.is_set():
