@@ -91,6 +91,7 @@ EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("tiles.c", "if (n > 0 && dims[n - 1].stride", "if (n < 0", "unmerged dimensions only take time"),
     ("tiles.c", "if (n > 0 && dims[n - 1].stride", "dims[n + 1].stride", "unmerged dimensions only take time"),
     ("tiles.c", "if (n > 0 && dims[n - 1].stride", "dims[n - 0].stride", "unmerged dimensions only take time"),
+    ("engine.c", "*exponent = 0;", "*exponent = 1;", "of sums that are all 0 or nan any exponent will do"),
     ("engine.c", "array->exponent > *exponent", ">=", "equal numbers"),
     ("tiles.c", "for (int l = 1; l < last", "l <= last", "the last loop has just been found to be none"),
     ("plan.c", "calloc(", "+ 2", "more memory than needed"),
