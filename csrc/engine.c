@@ -97,8 +97,6 @@ static const void *load_gradient(const fs_pass *pass, const fs_array *array, siz
     return run;
 }
 
-static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
-
 static void sum_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
 {
     const fs_array *array = &pass->plan->arrays[i];

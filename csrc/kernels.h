@@ -37,6 +37,8 @@ typedef struct {
     void (*count_nonfinite)(size_t n, const void *grad, size_t *n_nan, size_t *n_inf);
 } fs_kernels;
 
+static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+
 /* The tables of kernels.c, by level and compute type; a level not compiled has none. */
 const fs_kernels *fs_kernels_of(fs_level level, fs_dtype real);
 

@@ -10,7 +10,6 @@ size_t fs_dtype_size(fs_dtype dtype)
     return sizes[dtype];
 }
 
-static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static size_t ratio_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 /* ---- Layout --------------------------------------------------------------------------------------------------------- */

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 import fusedstep as fs
 from fusedstep import _core, _threads
@@ -119,37 +120,32 @@ def work(seed):
 """
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
-def test_process_pools(method, tmp_path):
-    (tmp_path / "worker.py").write_text(WORK)
-    done = python(
-        f"""
-        import multiprocessing, warnings
-        warnings.simplefilter("ignore")
-        from worker import work
-        if __name__ == "__main__":
-            here = [work(seed) for seed in range(4)]
-            with multiprocessing.get_context("{method}").Pool(2) as pool:
-                assert pool.map_async(work, range(4)).get(60) == here
-        """,
-        PYTHONPATH=str(tmp_path),
-    )
-    assert done.returncode == 0, done.stderr
+POOLS = {
+    **{
+        method: f"get_context('{method}').Pool(2).map_async(work, range(4)).get(60)"
+        for method in ("spawn", "forkserver", "fork")
+    },
+    **{
+        f"joblib {backend}": f"Parallel(2, backend='{backend}', timeout=60)(delayed(work)(seed) for seed in range(4))"
+        for backend in ("loky", "multiprocessing", "threading")
+    },
+}
 
 
-@pytest.mark.parametrize("backend", ["loky", "multiprocessing", "threading"])
-def test_joblib(backend, tmp_path):
-    pytest.importorskip("joblib")
+@pytest.mark.parametrize("pool", POOLS)
+def test_pools_of_workers(pool, tmp_path):
+    """After parallel steps in the parent; libgomp hangs in a forked child."""
     (tmp_path / "worker.py").write_text(WORK)
     done = python(
         f"""
         import warnings
-        warnings.simplefilter("ignore")
+        from multiprocessing import get_context
         from joblib import Parallel, delayed
         from worker import work
+        warnings.simplefilter("ignore")
         if __name__ == "__main__":
             here = [work(seed) for seed in range(4)]
-            assert Parallel(2, backend="{backend}", timeout=60)(delayed(work)(seed) for seed in range(4)) == here
+            assert {POOLS[pool]} == here
         """,
         PYTHONPATH=str(tmp_path),
     )
@@ -157,7 +153,6 @@ def test_joblib(backend, tmp_path):
 
 
 def test_threadpoolctl_limits():
-    threadpoolctl = pytest.importorskip("threadpoolctl")
     before = fs.get_num_threads()
     with threadpoolctl.threadpool_limits(1):
         assert fs.get_num_threads() == 1
