@@ -310,9 +310,12 @@ static void check_layouts(trio t, const fs_options *options, const ptrdiff_t *sh
     const fs_report expected_report = take_3_steps(t.expected, *options), report = take_3_steps(plan, *options);
     CHECK(report.applied);
     CHECK(report.grad_norm == expected_report.grad_norm);
+    fs_clear(plan, options);
     for (size_t i = 0; i < N_PAIRS; i++)
         for (int o = 0; o < FS_N_OPERANDS; o++) {
             const fs_operand *expected = operand(t.expected, i, o);
+            if (o == FS_GRAD)
+                memset(expected->data, 0, operand_bytes(t.expected, i, o));
             copy_spread(&wanted[i][o], shape, fs_dtype_size(expected->dtype), expected->data, false);
             CHECK(memcmp(got[i][o].buffer, wanted[i][o].buffer, got[i][o].n_bytes) == 0);
             free(got[i][o].buffer);
