@@ -171,10 +171,6 @@ static void finish_array_sum(const fs_pass *pass, size_t i)
     count_nonfinite(pass, array, &n_nan, &n_inf, &tile);
     array->n_nonfinite = n_nan + n_inf;
     const bool zero = pass->options->nonfinite == FS_NONFINITE_ZERO;
-    if (array->n_nonfinite > 0 && !zero) {
-        array->sum_squares = n_nan > 0 ? NAN : INFINITY;
-        return;
-    }
     array->sum_squares = scaled_sum(pass, i, zero, 1.0, &tile);
     if (array->real == FS_FLOAT32)
         return;
@@ -189,8 +185,6 @@ static void finish_array_sum(const fs_pass *pass, size_t i)
 /* min(1, max_norm / (norm + 1e-6)) for norm = root * 2^exponent, which alone may be too large for a double. */
 static double clip_factor(double root, int exponent, double max_norm)
 {
-    if (max_norm == INFINITY)
-        return 1.0;
     const double norm = ldexp(root, exponent);
     const double factor = isinf(norm) && isfinite(root) ? ldexp(max_norm / root, -exponent)
                                                         : max_norm / (norm + 1e-6);
@@ -216,24 +210,21 @@ static void combine_arrays(fs_plan *plan, double *root, int *exponent)
     *root = sqrt(pairwise_sum(plan->array_sums, plan->n_arrays));
 }
 
-/* The same with each array's norm first scaled by its clip_factor, which can be tiny: its square would vanish. */
+/* The same with each array's norm first scaled by its clip_factor, which can be as tiny as the norm was large. What still
+ * vanishes when squared is nothing beside clip_factor's 1e-6. */
 static void combine_clipped_arrays(fs_plan *plan, double *root, int *exponent)
 {
-    bool any = false;
     *exponent = 0;
     for (int squaring = 0; squaring < 2; squaring++)
         for (size_t i = 0; i < plan->n_arrays; i++) {
             const fs_array *array = &plan->arrays[i];
             int own = 0;
-            const double norm = sqrt(array->sum_squares) * array->clip_factor;
-            const double mantissa = isfinite(norm) ? frexp(norm, &own) : norm;
-            own += array->exponent;
+            const double mantissa = frexp(sqrt(array->sum_squares) * array->clip_factor, &own);
             if (squaring) {
-                const double scaled = ldexp(mantissa, own - *exponent);
+                const double scaled = ldexp(mantissa, own + array->exponent - *exponent);
                 plan->array_sums[i] = scaled * scaled;
-            } else if (mantissa > 0 && (!any || own > *exponent)) {
-                *exponent = own;
-                any = true;
+            } else if (isfinite(mantissa) && own + array->exponent > *exponent) {
+                *exponent = own + array->exponent;
             }
         }
     *root = sqrt(pairwise_sum(plan->array_sums, plan->n_arrays));
@@ -272,7 +263,6 @@ static bool norm_pass(fs_pass *pass, fs_report *report)
         for (size_t i = 0; i < plan->n_arrays; i++)
             plan->arrays[i].clip_factor *= factor;
     }
-    report->clip_factor = 1.0;
     for (size_t i = 0; i < plan->n_arrays; i++)
         if (plan->arrays[i].clip_factor < report->clip_factor || isnan(plan->arrays[i].clip_factor))
             report->clip_factor = plan->arrays[i].clip_factor;

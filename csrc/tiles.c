@@ -89,11 +89,8 @@ static void arrange_loops(fs_array *array)
         } else {
             loops[++last] = loops[l];
         }
-    if (last == 0) {
+    if (last == 0)
         loops[++last] = (fs_loop){.size = 1};
-        for (int o = 0; o < FS_N_OPERANDS; o++)
-            loops[last].stride[o] = (ptrdiff_t)fs_dtype_size(array->operand[o].dtype);
-    }
     array->n_loops = last + 1;
 }
 

@@ -72,51 +72,105 @@ SWAPS = [
 ]  # fmt: skip
 STATEMENT = re.compile(r"^\s+(?!return|const|static|for\b|if\b|else\b|typedef\b)[\w*][^{}]*[=(+-][^{}]*;\s*$")
 
-# (file, part of the line, change or None for any): why no test can notice.
+# (file or file:function, part of the line, part of the changed line or None for any change, why no test can notice).
+DELETED = "(deleted)"
+MEMORY = "more memory than needed"
+ONE_MORE = "there is one more, empty, so that none is not a special case"
+OUTSIDE = "looks one too far, at what is not used; where that is out of bounds, the sanitizers find it"
+EQUAL = "of two equal numbers either will do"
+CUTS = "where the shares of threads are cut changes no result"
+TEAM = "how many threads work changes no result"
+SHORT_WAY = "the short way and the long way have the same bits"
+MERGING = "loops that are not merged only take time"
+ORDER = "in which order, and by which pieces, the elements are visited changes no result"
+TIME = "time keeping"
 EXPLAINED: list[tuple[str, str, str | None, str]] = [
-    ("tiles.c", "sizeof(fs_loop), dims =", "(n + 3)", "more memory than needed"),
-    ("tiles.c", "sizeof(fs_loop), dims =", "dims = (n + 2)", "more memory than needed"),
-    ("tiles.c", "const size_t lengths", "(2 + FS", "more memory than needed"),
-    ("tiles.c", "calloc(1, loops", "calloc(2", "more memory than needed"),
-    ("tiles.c", "if (size == 1)", None, "dimensions of size 1 only take time"),
-    ("engine.c", "const fs_kernels *kernels[2]", None, "more memory than needed"),
-    ("engine.c", "const size_t element =", None, "where the shares of threads are cut changes no result"),
-    ("engine.c", "plan->first_element[middle] <=", None, "where the shares of threads are cut changes no result"),
-    ("engine.c", "*start = (element", None, "where the shares of threads are cut changes no result, but for giant arrays"),
-    ("engine.c", "if (n_threads > 1)", None, "a team of one, or one thread in place of two, changes no result"),
-    ("engine.c", "if (run && pass->options->grad_scale ==", "0.0", "the short way and the long way have the same bits"),
-    ("kernels.inc", "if (grad_scale != 1.0)", "0.0", "the same division, by 1"),
-    ("tiles.c", "if (n > 0 && dims[n - 1].stride", "if (n < 0", "unmerged dimensions only take time"),
-    ("tiles.c", "if (n > 0 && dims[n - 1].stride", "dims[n + 1].stride", "unmerged dimensions only take time"),
-    ("tiles.c", "if (n > 0 && dims[n - 1].stride", "dims[n - 0].stride", "unmerged dimensions only take time"),
+    ("engine.c", "const fs_kernels *kernels[2]", None, MEMORY),
+    ("engine.c", "const size_t element =", None, CUTS),
+    ("engine.c", "plan->first_element[middle] <=", None, CUTS),
+    ("engine.c", "*start = (element", None, CUTS),
+    ("engine.c", "const int n_threads =", None, TEAM),
+    ("engine.c", "if (n_threads > 1)", None, TEAM),
+    ("engine.c", "i < plan->n_arrays; i++", "i <= plan->n_arrays; i++", ONE_MORE),
+    ("engine.c", "i < plan->n_groups; i++", "i <= plan->n_groups; i++", ONE_MORE),
+    ("engine.c", "o < n_operands; o++", "o <= n_operands; o++", OUTSIDE),
+    ("engine.c", "start < array->size; start += FS_BLOCK", "<=", "a last block of no elements"),
+    ("engine.c", "start < end; start += FS_BLOCK", "<=", "a last block of no elements"),
+    ("engine.c", "if (run && pass->options->grad_scale ==", "0.0", SHORT_WAY),
+    ("engine.c", "for (size_t i = 0; i < n / 2; i++)", "<=", OUTSIDE),
+    ("engine.c", "if (n % 2)", "if (n / 2)", OUTSIDE),
+    ("engine.c", ": array->sum_squares >= SMALL_SUM", "BIG_SUM", EQUAL),
+    ("engine.c", "if (array->sum_squares > BIG_SUM)", ">=", EQUAL),
+    ("engine.c", "else if (array->sum_squares < SMALL_SUM)", "<=", EQUAL),
+    ("engine.c", "if (array->exponent != 0)", "1", "summed once more, with a scale of 1"),
+    ("engine.c", "return factor >= 1.0", "> 1.0", EQUAL),
     ("engine.c", "*exponent = 0;", "*exponent = 1;", "of sums that are all 0 or nan any exponent will do"),
-    ("engine.c", "array->exponent > *exponent", ">=", "equal numbers"),
-    ("tiles.c", "for (int l = 1; l < last", "l <= last", "the last loop has just been found to be none"),
-    ("plan.c", "calloc(", "+ 2", "more memory than needed"),
-    ("plan.c", "calloc(1,", "calloc(2", "more memory than needed"),
-    ("plan.c", "free(", "", "a leak, which the sanitizers find"),
-    ("engine.c", "own_share = 0", None, "time keeping"),
-    ("engine.c", "int team = 1", None, "time keeping"),
-    ("engine.c", "omp_get_thread_num() == 0", None, "time keeping"),
-    ("engine.c", "team = omp_get_num_threads()", None, "time keeping"),
-    ("engine.c", "fs_clock()", None, "time keeping"),
-    ("engine.c", "fs_threads_learn", None, "time keeping"),
-]
+    ("engine.c", "array->exponent > *exponent", ">=", EQUAL),
+    ("engine.c", "squaring < 2", "<= 2", "squared twice, the same way"),
+    ("engine.c", "squaring < 2", "< 3", "squared twice, the same way"),
+    ("engine.c", "int own = 0;", "1", "frexp sets it, where it counts"),
+    ("engine.c", "if (pass->options->clip_norm < INFINITY)", "<=", "a factor of 1, for a norm that is finite"),
+    ("engine.c", ".clip_factor < report->clip_factor", "<=", EQUAL),
+    ("engine.c", "return s->negate", "<= INFINITY", SHORT_WAY),
+    ("engine.c", "const bool zero =", ">= 0", SHORT_WAY),
+    ("engine.c", "const bool zero =", "|| array", "no other policy updates with elements that are not finite but propagate, which counts none"),
+    ("engine.c", "const bool stage_grad =", "!= 0.0", SHORT_WAY),
+    ("engine.c:clear_work", "t < end_tile", "<=", "cleared twice"),
+    ("engine.c", "own_share = 0", None, TIME),
+    ("engine.c", "int team = 1", None, TIME),
+    ("engine.c", "omp_get_thread_num() == 0", None, TIME),
+    ("engine.c", "team = omp_get_num_threads()", None, TIME),
+    ("engine.c", "fs_clock()", None, TIME),
+    ("engine.c", "fs_threads_learn", None, TIME),
+    ("kernels.inc", "if (grad_scale != 1.0)", "0.0", "the same division, by 1"),
+    ("kernels.inc", "if (stages->clip_value < HUGE_VAL)", "<=", "clipped at infinity"),
+    ("plan.c", "calloc(", "+ 2", MEMORY),
+    ("plan.c", "calloc(1,", "calloc(2", MEMORY),
+    ("plan.c", "free(", DELETED, "a leak, which the sanitizers find"),
+    ("tiles.c", "sizeof(fs_loop), dims =", "(n + 3)", MEMORY),
+    ("tiles.c", "sizeof(fs_loop), dims =", "dims = (n + 2)", MEMORY),
+    ("tiles.c", "const size_t lengths", "(2 + FS", MEMORY),
+    ("tiles.c", "calloc(1, loops", "calloc(2", MEMORY),
+    ("tiles.c", "if (size == 1)", None, MERGING),
+    ("tiles.c", "if (loop.size == 1)", "0", MERGING),
+    ("tiles.c", "if (n > 0 && dims[n - 1].stride", "if (n < 0", MERGING),
+    ("tiles.c", "if (n > 0 && dims[n - 1].stride", "if (n > 1", MERGING),
+    ("tiles.c", "if (n > 0 && dims[n - 1].stride", "dims[n + 1].stride", MERGING),
+    ("tiles.c", "if (n > 0 && dims[n - 1].stride", "dims[n - 0].stride", MERGING),
+    ("tiles.c", "dims[n++] = (fs_dim){1,", "{2,", "one element is one row of one, whatever its dimension's size"),
+    ("tiles.c", "for (int o = 0; o < FS_N_OPERANDS; o++)", "o <= FS_N_OPERANDS", OUTSIDE),
+    ("tiles.c:are_one", "return true;", None, MERGING),
+    ("tiles.c:fs_are_runs", "return true;", None, SHORT_WAY),
+    ("tiles.c:find_transposed", "", None, ORDER),
+    ("tiles.c:has_long_rows", "", None, ORDER),
+    ("tiles.c", "loop.stride[o] = array->operand[o].data ?", ": 1", MERGING),
+    ("tiles.c", "for (; place > 1 && llabs", None, ORDER),
+    ("tiles.c", "if (last > 0 && are_one", "if (last < 0", MERGING),
+    ("tiles.c", "if (last > 0 && are_one", "if (last > 1", MERGING),
+    ("tiles.c", "if (last > 0 && are_one", "if (last >= 0", "the loop of size 1 in front has a stride of 0, which is no other's"),
+    ("tiles.c", "transposed ? room / WIDTH : room", None, ORDER),
+    ("tiles.c", "across->chunk = min_size(across->size", DELETED, ORDER),
+    ("tiles.c", "last->chunk = min_size(last->size, room / across", DELETED, ORDER),
+    ("tiles.c", "changed->aligned = aligned;", DELETED, "nothing is used where it lies"),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Mutant:
     file: str
+    function: str
     line: int
     before: str
     after: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.before.strip()}  ->  {self.after.strip() or '(deleted)'}"
+        return f"{self.file}:{self.line}: {self.before.strip()}  ->  {self.after.strip() or DELETED}"
 
     def explanation(self) -> str | None:
-        for file, part, change, reason in EXPLAINED:
-            if file == self.file and part in self.before and (change is None or change in self.after):
+        for place, part, change, reason in EXPLAINED:
+            file, _, function = place.partition(":")
+            is_here = file == self.file and function in ("", self.function) and part in self.before
+            if is_here and (change is None or change in (self.after or DELETED)):
                 return reason
         return None
 
@@ -131,15 +185,18 @@ def code_lines(text: str) -> list[tuple[int, str]]:
 def mutants_of(file: str) -> list[Mutant]:
     original = (CSRC / file).read_text().split("\n")
     found = []
+    function = ""
     for n, code in code_lines((CSRC / file).read_text()):
         whole = original[n - 1]
+        if opening := re.match(r"(?=\w)[^(]*?\b(\w+)\((?:(\w+)\)\()?", code):
+            function = opening[2] or opening[1]  # RULE(adam)(...) is adam
         for pattern, replacements in SWAPS:
             for match in re.finditer(pattern, code):
                 for replacement in replacements:
                     changed = whole[: match.start()] + match.expand(replacement) + whole[match.end() :]
-                    found.append(Mutant(file, n, whole, changed))
+                    found.append(Mutant(file, function, n, whole, changed))
         if STATEMENT.match(code):
-            found.append(Mutant(file, n, whole, ""))
+            found.append(Mutant(file, function, n, whole, ""))
     return found
 
 
@@ -195,7 +252,7 @@ class Worker:
         if not self.run(["gcc", *objects, "test_fusedstep.o", "-o", program, *link], 60):
             return "the linker"
         for test in C_TESTS:
-            if not self.run([program, test], 30):
+            if not self.run([program, test], 15):
                 return f"C {test}"
         return None if self.c_only else self.python_killer(objects)
 

@@ -20,6 +20,7 @@ static void check_levels_and_threads(trio t, int rule, bool is_busy)
             const fs_report report = take_3_steps(t.plan, options);
             CHECK(report.applied);
             CHECK(report.has_norm == is_busy);
+            CHECK(is_busy || report.clip_factor == 1);
             CHECK(report.grad_norm == expected.grad_norm);
             CHECK(report.clip_factor == expected.clip_factor);
             CHECK(same_plan(t.plan, t.expected));
@@ -71,12 +72,47 @@ static void textbook_adadelta(wide *p, wide g, wide *s, const double *h, int t)
     *p -= h[0] * delta;
 }
 
-static void textbook_rmsprop(wide *p, wide g, wide *s, const double *h, int t)    /* centered, with momentum */
+static void textbook_momentum(wide *p, wide g, wide *s, const double *h, int t)
+{
+    s[0] = t == 1 ? g : h[1] * s[0] + (1 - (wide)h[2]) * g;
+    *p -= h[0] * s[0];
+}
+
+static wide textbook_variance(wide g, wide *s, const double *h)
+{
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g * g;
+    return s[0];
+}
+
+static wide textbook_centered_variance(wide g, wide *s, const double *h)
+{
+    s[1] = h[1] * s[1] + (1 - (wide)h[1]) * g;
+    return textbook_variance(g, s, h) - s[1] * s[1];
+}
+
+static void textbook_rmsprop(wide *p, wide g, wide *s, const double *h, int t)
 {
     (void)t;
-    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g * g;
-    s[1] = h[1] * s[1] + (1 - (wide)h[1]) * g;
-    s[2] = h[3] * s[2] + g / (sqrtl(s[0] - s[1] * s[1]) + h[2]);
+    *p -= h[0] * g / (sqrtl(textbook_variance(g, s, h)) + h[2]);
+}
+
+static void textbook_rmsprop_momentum(wide *p, wide g, wide *s, const double *h, int t)
+{
+    (void)t;
+    s[1] = h[3] * s[1] + g / (sqrtl(textbook_variance(g, s, h)) + h[2]);
+    *p -= h[0] * s[1];
+}
+
+static void textbook_rmsprop_centered(wide *p, wide g, wide *s, const double *h, int t)
+{
+    (void)t;
+    *p -= h[0] * g / (sqrtl(textbook_centered_variance(g, s, h)) + h[2]);
+}
+
+static void textbook_rmsprop_centered_momentum(wide *p, wide g, wide *s, const double *h, int t)
+{
+    (void)t;
+    s[2] = h[3] * s[2] + g / (sqrtl(textbook_centered_variance(g, s, h)) + h[2]);
     *p -= h[0] * s[2];
 }
 
@@ -108,10 +144,14 @@ static void test_textbook(void)
         void (*textbook)(wide *p, wide g, wide *s, const double *h, int t);
     } cases[] = {
         {"sgd", "lr momentum dampening", {0.1, 0.5, 0.5}, textbook_sgd},
+        {"sgd_momentum", "lr momentum dampening", {0.1, 0.9, 0.25}, textbook_momentum},
         {"sgd_nesterov", "lr momentum dampening", {0.1, 0.9, 0.25}, textbook_nesterov},
         {"adagrad", "lr lr_decay eps", {0.1, 0.01, 1e-10}, textbook_adagrad},
         {"adadelta", "lr rho eps", {0.5, 0.9, 1e-6}, textbook_adadelta},
-        {"rmsprop_centered_momentum", "lr alpha eps momentum", {0.01, 0.99, 1e-8, 0.9}, textbook_rmsprop},
+        {"rmsprop", "lr alpha eps momentum", {0.01, 0.9, 1e-3, 0.9}, textbook_rmsprop},
+        {"rmsprop_momentum", "lr alpha eps momentum", {0.01, 0.9, 1e-3, 0.9}, textbook_rmsprop_momentum},
+        {"rmsprop_centered", "lr alpha eps momentum", {0.01, 0.9, 1e-3, 0.9}, textbook_rmsprop_centered},
+        {"rmsprop_centered_momentum", "lr alpha eps momentum", {0.01, 0.99, 1e-8, 0.9}, textbook_rmsprop_centered_momentum},
         {"adam", "lr beta1 beta2 eps", {0.01, 0.9, 0.999, 1e-3}, textbook_adam},
         {"adam_amsgrad", "lr beta1 beta2 eps", {0.01, 0.8, 0.5, 1e-3}, textbook_amsgrad},
     };
@@ -270,13 +310,29 @@ static void copy_spread(const spread *s, const ptrdiff_t *shape, size_t item, ch
             }
 }
 
-enum { N_LAYOUTS = 10 };
+enum { N_LAYOUTS = 10, N_TURNS = 3 * N_LAYOUTS };
 
-/* A plan whose operands are spreads, each with another layout, against a contiguous one. */
-static void check_layouts(trio t, const fs_options *options, const ptrdiff_t *shape, size_t turn)
+/* The layout of an operand of an array: in the first turns each operand has another, then all have the same, then all but
+ * one. */
+static size_t choose_layout(size_t i, int o, size_t turn)
+{
+    const size_t layout = turn % N_LAYOUTS;
+    switch (turn / N_LAYOUTS) {
+    case 0:
+        return (i + 3 * (size_t)o + layout) % N_LAYOUTS;
+    case 1:
+        return (i + layout) % N_LAYOUTS;
+    default:
+        return (i / FS_N_OPERANDS + layout + (i % FS_N_OPERANDS == (size_t)o)) % N_LAYOUTS;
+    }
+}
+
+/* A plan whose operands are spreads against a contiguous one, in three steps or in clipping. It has the states that the
+ * rule needs. */
+static void check_layouts(trio t, fs_options options, bool clips, const ptrdiff_t *shape, size_t turn)
 {
     const ptrdiff_t a = shape[0], b = shape[1], c = shape[2];
-    const struct { ptrdiff_t strides[3]; size_t shift; bool only_grad; } layouts[N_LAYOUTS] = {
+    const struct { ptrdiff_t strides[3]; size_t shift; bool only_read; } layouts[N_LAYOUTS] = {
         {{b * c, c, 1}, 0, false},
         {{b * (c + 3) + 5, c + 3, 1}, 0, false},     /* gaps */
         {{1, a, a * b}, 0, false},                   /* Fortran order */
@@ -288,16 +344,17 @@ static void check_layouts(trio t, const fs_options *options, const ptrdiff_t *sh
         {{0, c, 1}, 0, true},                        /* broadcast */
         {{0, 0, 0}, 1, true},
     };
+    const int n_operands = FS_STATE + fs_rule_states(t.initial->groups[0].rule);
     spread got[N_PAIRS][FS_N_OPERANDS], wanted[N_PAIRS][FS_N_OPERANDS];
     fs_plan *plan = make_plan_like(t.initial, 3, shape);
     copy_settings(plan, t.initial);
     copy_plan(t.expected, t.initial);
     for (size_t i = 0; i < N_PAIRS; i++)
-        for (int o = 0; o < FS_N_OPERANDS; o++) {
+        for (int o = 0; o < n_operands; o++) {
             const fs_operand *initial = operand(t.initial, i, o), *expected = operand(t.expected, i, o);
             const size_t item = fs_dtype_size(initial->dtype);
-            size_t l = (i + 3 * (size_t)o + turn) % N_LAYOUTS;
-            if (layouts[l].only_grad && o != FS_GRAD)
+            size_t l = choose_layout(i, o, turn);
+            if (layouts[l].only_read && (o != FS_GRAD || clips))
                 l = 0;
             spread *s = &got[i][o];
             *s = make_spread(shape, layouts[l].strides, layouts[l].shift, item);
@@ -307,14 +364,16 @@ static void check_layouts(trio t, const fs_options *options, const ptrdiff_t *sh
             const bool aligned = layouts[l].shift == 0;
             fs_array_set(&plan->arrays[i], o, s->first, initial->dtype, aligned, s->strides);
         }
-    const fs_report expected_report = take_3_steps(t.expected, *options), report = take_3_steps(plan, *options);
+    const fs_report wanted_report = clips ? clip(t.expected, options) : take_3_steps(t.expected, options);
+    const fs_report report = clips ? clip(plan, options) : take_3_steps(plan, options);
     CHECK(report.applied);
-    CHECK(report.grad_norm == expected_report.grad_norm);
-    fs_clear(plan, options);
+    CHECK(report.grad_norm == wanted_report.grad_norm);
+    if (!clips)
+        fs_clear(plan, &options);
     for (size_t i = 0; i < N_PAIRS; i++)
-        for (int o = 0; o < FS_N_OPERANDS; o++) {
+        for (int o = 0; o < n_operands; o++) {
             const fs_operand *expected = operand(t.expected, i, o);
-            if (o == FS_GRAD)
+            if (o == FS_GRAD && !clips)
                 memset(expected->data, 0, operand_bytes(t.expected, i, o));
             copy_spread(&wanted[i][o], shape, fs_dtype_size(expected->dtype), expected->data, false);
             CHECK(memcmp(got[i][o].buffer, wanted[i][o].buffer, got[i][o].n_bytes) == 0);
@@ -324,24 +383,31 @@ static void check_layouts(trio t, const fs_options *options, const ptrdiff_t *sh
     fs_plan_free(plan);
 }
 
+/* All rules and turns on small arrays; on larger ones the rules share the turns among themselves. */
 static void test_layouts(void)
 {
-    static const ptrdiff_t shapes[][3] = {{3, 37, 37}, {2, 40, 37}, {70, 2, 21}, {1, 2, 20},
+    static const ptrdiff_t shapes[][3] = {{3, 37, 37}, {2, 40, 37}, {70, 2, 21}, {2, 70, 66}, {1, 2, 20},
                                           {2, 2, 2},   {1, 5, 1},   {3, 0, 2},   {1, 1, 1}};
+    enum { N_LARGE = 4 };
+    int n_checked = 0;
     for (size_t s = 0; s < LENGTH(shapes); s++) {
         const ptrdiff_t *shape = shapes[s];
+        const int stride = s >= N_LARGE ? 1 : quick ? N_TURNS / 2 : 3;
         size_t sizes[N_PAIRS];
         for (size_t i = 0; i < N_PAIRS; i++)
             sizes[i] = (size_t)(shape[0] * shape[1] * shape[2]);
         const trio t = make_trio(MIXED, N_PAIRS, sizes);
         FOR_RULES(rule)
-            for (int turn = quick ? rule % 4 : s < 3 ? (rule + (int)s) % 3 : 0; turn < N_LAYOUTS; turn += quick ? 4 : s < 3 ? 3 : 1)
+            for (int turn = (rule + (int)s) % stride; turn < N_TURNS; turn += stride, n_checked++)
                 FOR_LEVELS(level) {
                     CONTEXT("%s, %td x %td x %td, turn %d, level %s", fs_rule_name(rule), shape[0], shape[1], shape[2],
                             turn, fs_level_name(level));
-                    fs_options options = (rule + turn) % 2 ? busy(t.initial, rule) : plain(t.initial, rule);
+                    fs_options options = n_checked % 4 ? busy(t.initial, rule) : plain(t.initial, rule);
+                    const bool clips = n_checked % 4 == 3;
+                    if (clips)
+                        options.grad_scale = 1.0;
                     options.n_threads = 2;
-                    check_layouts(t, &options, shape, (size_t)turn);
+                    check_layouts(t, options, clips, shape, (size_t)turn);
                 }
         free_trio(t);
     }
@@ -401,6 +467,9 @@ static void test_runs_have_ends(void)
                         write_item(real, (char *)memory + i * item, nonfinite ? NAN : 24);
                     for (size_t i = 0; i < n; i++)
                         write_item(real, (char *)param + i * item, 2);
+                    size_t n_nan = 0, n_inf = 0;
+                    k->count_nonfinite(n, run, &n_nan, &n_inf);
+                    CHECK(n_nan == (nonfinite ? n : 0) && n_inf == 0);
                     k->unscale(n, run, 3, true);
                     for (size_t i = 0; i < n; i++)
                         CHECK(read_item(real, run + i * item) == (nonfinite ? 0 : 8));
@@ -479,22 +548,30 @@ static double measure_norm(fs_plan *plan, fs_options options)
     return report.grad_norm;
 }
 
-static wide wide_norm(fs_plan *plan)
+/* An array's norm, in units of so much. */
+static wide wide_norm_of(fs_plan *plan, size_t i, double unit)
 {
+    const size_t size = plan->arrays[i].size;
     wide largest = 0, sum = 0;
-    for (size_t i = 0; i < plan->n_arrays; i++)
-        for (size_t e = 0; e < plan->arrays[i].size; e++)
-            largest = fmaxl(largest, fabsl(get(plan, i, FS_GRAD, e)));
-    for (size_t i = 0; i < plan->n_arrays && largest > 0; i++)
-        for (size_t start = 0; start < plan->arrays[i].size; start += 1000) {
-            wide part = 0;    /* under valgrind, wide is no wider than double */
-            for (size_t e = start; e < plan->arrays[i].size && e < start + 1000; e++) {
-                const wide x = get(plan, i, FS_GRAD, e) / largest;
-                part += x * x;
-            }
-            sum += part;
+    for (size_t e = 0; e < size; e++)
+        largest = fmaxl(largest, fabsl(get(plan, i, FS_GRAD, e)));
+    for (size_t start = 0; start < size && largest > 0; start += 1000) {
+        wide part = 0;    /* under valgrind, wide is no wider than double */
+        for (size_t e = start; e < size && e < start + 1000; e++) {
+            const wide x = get(plan, i, FS_GRAD, e) / largest;
+            part += x * x;
         }
-    return largest * sqrtl(sum);
+        sum += part;
+    }
+    return largest / unit * sqrtl(sum);
+}
+
+static wide wide_norm(fs_plan *plan, double unit)
+{
+    wide norm = 0;
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        norm = hypotl(norm, wide_norm_of(plan, i, unit));
+    return norm;
 }
 
 static void test_norms(void)
@@ -535,7 +612,7 @@ static void test_norms(void)
                     (cases[c].decades ? pow(10, cases[c].decades * (random_unit() - 0.5)) : 1));
         CHECK(fs_level_set(FS_BASELINE) == FS_OK);
         const double norm = measure_norm(plan, options);
-        const wide truth = wide_norm(plan);
+        const wide truth = wide_norm(plan, 1);
         CONTEXT("case %zu: %.17g, not %.17Lg", c, norm, truth);
         if (truth > DBL_MAX)
             CHECK(norm == INFINITY);
@@ -571,6 +648,9 @@ static void check_norm_of_nonfinite(int storage, size_t bad, int n_nan, int n_in
             for (size_t i = 0; i < LENGTH(sizes); i++)
                 CHECK(plan->arrays[i].n_nonfinite == (i == bad ? (size_t)(n_nan + n_inf) : 0));
         }
+    for (int e = 0; e < n_nan + n_inf; e++)
+        set(plan, bad, FS_GRAD, sizes[bad] - 1 - (size_t)e, 0);
+    CHECK(isfinite(measure_norm(plan, options)) && plan->arrays[bad].n_nonfinite == 0);
     free_plan(plan);
 }
 
@@ -617,6 +697,8 @@ static void check_nonfinite(trio t, double bad, bool is_first, int n_threads)
     copy_plan(t.plan, t.initial);
     report = take_step(t.plan, options);
     CHECK(report.applied && !report.has_norm);
+    for (size_t i = 0; i < n_arrays; i++)
+        CHECK(t.plan->arrays[i].n_nonfinite == 0);
     CHECK(!isfinite(get(t.plan, last, FS_PARAM, e)) && !isfinite(get(t.plan, last, FS_STATE, e)));
     for (int o = 0; o < FS_N_OPERANDS; o++)
         set(t.plan, last, o, e, get(t.expected, last, o, e));
@@ -686,20 +768,24 @@ enum {
     MAXIMIZE = 8, GRAD_SCALE = 16, CLIP_FACTOR = 32, DECAY = 64, DECOUPLED = 128, L1 = 256, ALL = 511
 };
 
-static void check_stages(trio t, fs_plan *clipped, int on)
+/* Values of what can be on. */
+typedef struct { double clip_value, per_array, global, grad_scale, clip_factor, decay, l1; } stage_values;
+
+static void check_stages(trio t, fs_plan *clipped, int on, const stage_values *values)
 {
     fs_options options = plain(t.initial, find_rule("sgd"));
     fs_group *group = &t.initial->groups[0];
     group->maximize = on & MAXIMIZE;
-    group->clip_value = on & CLIP_VALUE ? 0.03 : INFINITY;
-    group->clip_norm_per_array = on & CLIP_PER_ARRAY ? 2.0 : INFINITY;
-    group->weight_decay = on & DECAY ? 0.1 : 0.0;
+    group->clip_value = on & CLIP_VALUE ? values->clip_value : INFINITY;
+    group->clip_norm_per_array = on & CLIP_PER_ARRAY ? values->per_array : INFINITY;
+    group->weight_decay = on & DECAY ? values->decay : 0.0;
     group->decoupled_weight_decay = on & DECOUPLED;
-    group->l1 = on & L1 ? 0.01 : 0.0;
+    group->l1 = on & L1 ? values->l1 : 0.0;
     options.nonfinite = FS_NONFINITE_STOP;
-    options.grad_scale = on & GRAD_SCALE ? 3.0 : 1.0;
-    options.clip_norm = on & CLIP_GLOBAL ? 1.5 : INFINITY;
-    options.clip_factor = on & CLIP_FACTOR ? 0.7 : 1.0;
+    options.grad_scale = on & GRAD_SCALE ? values->grad_scale : 1.0;
+    options.clip_norm = on & CLIP_GLOBAL ? values->global : INFINITY;
+    options.clip_factor = on & CLIP_FACTOR ? values->clip_factor : 1.0;
+    options.n_threads = 1 + on % 3;
     copy_plan(t.plan, t.initial);
     copy_plan(t.expected, t.initial);
     copy_plan(clipped, t.initial);
@@ -747,17 +833,25 @@ static void check_stages(trio t, fs_plan *clipped, int on)
 
 static void test_stages(void)
 {
-    static const size_t sizes[] = {5, 1500, 700};
+    static const size_t sizes[] = {1500, 5, 700};
+    static const stage_values values[] = {
+        {.clip_value = 0.03, .per_array = 2.0, .global = 1.5, .grad_scale = 3.0, .clip_factor = 0.7, .decay = 0.1, .l1 = 0.01},
+        {.clip_value = 2.0, .per_array = 3.0, .global = 4.0, .grad_scale = 0.125, .clip_factor = 2.0, .decay = 1.0, .l1 = 1.0},
+        {.clip_value = 1.0, .per_array = 1.0, .global = 1.0, .grad_scale = 0.125, .clip_factor = 0.0, .decay = 2.0, .l1 = 2.0},
+    };
     for (int storage = 0; storage < N_DTYPES; storage++) {
         const trio t = make_trio(storage, 3, sizes);
         fs_plan *clipped = make_plan(storage, 3, sizes);
         set(t.initial, 0, FS_PARAM, 1, 0.0);
         set(t.initial, 0, FS_PARAM, 2, -0.0);
+        set(t.initial, 0, FS_GRAD, 2, -0.0);
         set(t.initial, 0, FS_GRAD, 3, -0.0);
-        for (int on = 0; on <= ALL; on++) {
-            CONTEXT("storage %d, stages %x", storage, (unsigned)on);
-            check_stages(t, clipped, on);
-        }
+        set(t.initial, 0, FS_PARAM, 4, 1.0);
+        for (int on = 0; on <= ALL; on++)
+            for (size_t v = 0; v < LENGTH(values); v++) {
+                CONTEXT("storage %d, stages %x, values %zu", storage, (unsigned)on, v);
+                check_stages(t, clipped, on, &values[v]);
+            }
         free_trio(t);
         free_plan(clipped);
     }
@@ -765,8 +859,8 @@ static void test_stages(void)
 
 static void test_clip_nonfinite(void)
 {
-    const size_t size = 3;
-    const trio t = make_trio(FS_FLOAT64, 1, &size);
+    static const size_t sizes[] = {3, 10};
+    const trio t = make_trio(FS_FLOAT64, 2, sizes);
     fs_options options = plain(t.initial, 0);
     fs_report report;
     t.initial->groups[0].clip_value = 0.5;
@@ -783,33 +877,57 @@ static void test_clip_nonfinite(void)
     CHECK(report.applied);
     CHECK(isnan(get(t.plan, 0, FS_GRAD, 0)));
     CHECK(get(t.plan, 0, FS_GRAD, 1) == 0.5 && get(t.plan, 0, FS_GRAD, 2) == -0.5);
+
+    /* What is wrong in one array does not concern the other. */
+    t.initial->groups[0].clip_value = INFINITY;
+    t.initial->groups[0].clip_norm_per_array = 1.0;
+    copy_plan(t.plan, t.initial);
+    report = clip(t.plan, options);
+    CHECK(report.applied && isnan(report.grad_norm) && isnan(report.clip_factor));
+    CHECK(isnan(get(t.plan, 0, FS_GRAD, 1)) && fabsl(wide_norm_of(t.plan, 1, 1) - 1) < 1e-5L);
     free_trio(t);
+}
+
+/* What clipping makes of the norms of two arrays, with its `small` of 1e-6; returns that of both together. */
+static wide clipped_norm(const wide *norms, wide per_array, wide global, wide small)
+{
+    wide clipped[2], both;
+    for (int i = 0; i < 2; i++)
+        clipped[i] = norms[i] * fminl(1, per_array / (norms[i] + small));
+    both = hypotl(clipped[0], clipped[1]);
+    return both * fminl(1, global / (both + small));
 }
 
 /* Squares that a double does not hold; with DBL_MAX, not even the norm. */
 static void test_clip_magnitudes(void)
 {
     static const size_t sizes[] = {3, 1000};
-    static const double magnitudes[] = {DBL_MAX, 1e300, 1e160, 100, 1e-160, 1e-300};
+    static const double magnitudes[] = {DBL_MAX, 1e300, 1e160, 100, 1e-160, 1e-300}, limits[] = {1, 1e200};
     static const int cases[] = {CLIP_PER_ARRAY, CLIP_GLOBAL, CLIP_PER_ARRAY | CLIP_GLOBAL};
     const trio t = make_trio(FS_FLOAT64, 2, sizes);
     for (size_t m = 0; m < LENGTH(magnitudes); m++)
-        for (size_t c = 0; c < LENGTH(cases); c++) {
-            const int on = cases[c];
+        for (size_t c = 0; c < LENGTH(limits) * LENGTH(cases); c++) {
+            const double limit = limits[c % 2], unit = magnitudes[m] > 1 ? 0x1p64 : 1;    /* for norms a double holds */
+            const int on = cases[c / 2];
+            const double per_array = on & CLIP_PER_ARRAY ? 3 * limit : INFINITY;
+            const double global = on & CLIP_GLOBAL ? 2 * limit : INFINITY;
+            wide norms[2];
             fs_options options = plain(t.initial, 0);
-            fs_report report;
-            options.clip_norm = on & CLIP_GLOBAL ? 2.0 : INFINITY;
-            t.initial->groups[0].clip_norm_per_array = on & CLIP_PER_ARRAY ? 3.0 : INFINITY;
-            for (size_t i = 0; i < LENGTH(sizes); i++)
+            options.clip_norm = global;
+            t.initial->groups[0].clip_norm_per_array = per_array;
+            for (size_t i = 0; i < LENGTH(sizes); i++) {
                 for (size_t e = 0; e < sizes[i]; e++)
                     set(t.initial, i, FS_GRAD, e, magnitudes[m] * random_signed());
+                norms[i] = wide_norm_of(t.initial, i, unit);
+            }
             copy_plan(t.plan, t.initial);
-            report = clip(t.plan, options);
-            const wide norm = wide_norm(t.plan), limit = on & CLIP_GLOBAL ? 2.0L : 3 * sqrtl(2);
-            CONTEXT("magnitude %g, clipping %x: norm %.17Lg, not %.17Lg", magnitudes[m], (unsigned)on, norm, limit);
-            if (magnitudes[m] > 1)
-                CHECK(fabsl(norm - limit) <= 2e-6L);    /* clipping adds 1e-6 to the norm */
-            else
+            const fs_report report = clip(t.plan, options);
+            const wide norm = wide_norm(t.plan, unit);
+            const wide wanted = clipped_norm(norms, per_array / unit, global / unit, 1e-6L / unit);
+            CONTEXT("magnitude %g, clipping %x to %g: norm %.17Lg, not %.17Lg", magnitudes[m], (unsigned)on, limit, norm,
+                    wanted);
+            CHECK(fabsl(norm - wanted) <= 1e-13L * wanted);
+            if (magnitudes[m] < limit)
                 CHECK(report.clip_factor == 1 && same_plan(t.plan, t.initial));
         }
     free_trio(t);
@@ -828,6 +946,7 @@ static void test_many_arrays(void)
     use_rule(&t.initial->groups[1], find_rule("sgd_momentum"));
     t.initial->groups[1].hyper[0] = 0.5;
     t.initial->groups[1].l1 = 0.125;
+    t.initial->groups[1].clip_norm_per_array = 0.5;
     for (size_t i = 0; i < N_ARRAYS; i++)
         t.initial->arrays[i].group = i % 3 == 0;
 

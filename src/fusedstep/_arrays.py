@@ -177,17 +177,18 @@ class Structure:
             self.names = [name for part in self.parts.values() for name in part.names]
             self.leaves = [leaf for part in self.parts.values() for leaf in part.leaves]
         self.first_index = first_index
-        self.is_flat = all(part.parts is None for part in (self.parts or {}).values())
+
+    def spec(self) -> Any:
+        """The same as a tree of dictionaries and lists, with None for leaves."""
+        if self.parts is None:
+            return None
+        parts = {key: part.spec() for key, part in self.parts.items()}
+        return parts if self.is_mapping else list(parts.values())
 
     def collect(self, tree: Any) -> list[Any]:
         """The leaves of a tree with this structure, in this order."""
         if self.parts is None:
             return [tree]
-        if self.is_flat:  # the short way for what is most common
-            if type(tree) is list and not self.is_mapping and len(tree) == len(self.parts):
-                return list(tree)
-            if type(tree) is dict and tree.keys() == self.parts.keys():
-                return [tree[key] for key in self.parts]
         label = f"grads[{self.path!r}]" if self.path else "grads"
         given = branches(tree, self.first_index)
         if given is None or isinstance(tree, Mapping) != self.is_mapping:

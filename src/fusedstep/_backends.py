@@ -45,7 +45,7 @@ class ReferencePlan:
 
     def __init__(self, params: list[Array], states: list[tuple[Array, ...]], groups: list[int], rules: list[Any]) -> None:
         self.params, self.states, self.groups, self.rules = params, states, groups, rules
-        self.grads: list[Array] = []
+        self.grads: Any = None  # a list of arrays, once any are bound
         self.values: list[dict[str, Any]] = [{} for _ in rules]
         self.stages: list[dict[str, Any]] = []
         self._steps = np.zeros((), np.int64)
@@ -58,19 +58,27 @@ class ReferencePlan:
     def steps(self, value: int) -> None:
         self._steps[...] = value
 
-    def bind(self, grads: list[Any]) -> tuple[int, bool]:
+    def look_at(self, grads: list[Any]) -> tuple[int, bool]:
         for i, (param, grad) in enumerate(zip(self.params, grads)):
             supported = type(grad) is np.ndarray and _arrays.is_supported(grad.dtype) and grad.dtype.isnative
             if not supported or grad.shape != param.shape:
                 return i, True
-        self.grads = grads
         return -1, True
 
-    def unbind(self) -> None:
-        self.grads = []
+    def bind(self, grads: list[Array]) -> None:
+        self.grads = grads
 
     def first_read_only(self) -> int:
         return next((i for i, param in enumerate(self.params) if not param.flags.writeable), -1)
+
+    def first_moved(self) -> int:
+        return -1  # arrays are read and written through NumPy, wherever they are
+
+    def remember(self, *settings: Any) -> None:
+        pass
+
+    def repeat(self, *arguments: Any) -> None:
+        return None
 
     def set_group(self, index: int, values: dict[str, Any]) -> None:
         self.values[index] = values

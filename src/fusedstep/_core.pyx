@@ -3,11 +3,23 @@
 Callers have checked everything (`fusedstep._arrays`); what is refused here would be a bug there.
 """
 
+import itertools
+
+from cpython.dict cimport PyDict_Next
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.object cimport PyObject, PyTypeObject
 from libc.math cimport INFINITY
 from libc.stddef cimport ptrdiff_t, size_t
 cimport numpy as cnp
 
 cnp.import_array()
+
+
+cdef extern from "Python.h":
+    ctypedef object (*newfunc)(type, tuple, PyObject *)
+    cdef struct _typeobject "PyTypeObject":
+        newfunc tp_new
+    _typeobject PyTuple_Type
 
 
 cdef extern from "numpy/arrayobject.h" nogil:
@@ -59,8 +71,15 @@ cdef extern from "fusedstep.h" nogil:
         FS_GRAD
         FS_STATE
 
+    ctypedef struct fs_operand:
+        char *data
+        fs_dtype dtype
+        ptrdiff_t *strides
+
     ctypedef struct fs_array:
-        int group
+        int group, n_dims
+        ptrdiff_t *shape
+        fs_operand *operand
         size_t n_nonfinite
 
     ctypedef struct fs_group:
@@ -70,7 +89,7 @@ cdef extern from "fusedstep.h" nogil:
         bint decoupled_weight_decay, maximize
 
     ctypedef struct fs_plan:
-        size_t n_arrays, n_groups
+        size_t n_arrays, n_groups, n_elements
         fs_array *arrays
         fs_group *groups
         double step
@@ -216,25 +235,73 @@ cdef int set_operand(fs_array *place, int operand, cnp.ndarray array) except -1:
     return 0
 
 
-cdef bint same_shape(cnp.ndarray a, cnp.ndarray b):
+cdef bint has_shape(const fs_array *place, cnp.ndarray array):
     cdef int d
-    if cnp.PyArray_NDIM(a) != cnp.PyArray_NDIM(b):
+    if cnp.PyArray_NDIM(array) != place.n_dims:
         return False
-    for d in range(cnp.PyArray_NDIM(a)):
-        if cnp.PyArray_DIM(a, d) != cnp.PyArray_DIM(b, d):
+    for d in range(place.n_dims):
+        if cnp.PyArray_DIM(array, d) != place.shape[d]:
             return False
     return True
 
 
-cdef bint same_memory(cnp.ndarray a, cnp.ndarray b):
-    """Whether two arrays of one shape have their elements at the same places."""
+cdef bint is_gradient(const fs_array *place, cnp.ndarray array):
+    """Whether an array has the parameter's shape and a supported type."""
+    return dtype_code(array) >= 0 and has_shape(place, array)
+
+
+cdef bint lies_at(const fs_array *place, int operand, cnp.ndarray array):
+    """Whether an array of this shape is what the plan has for an operand."""
+    cdef const fs_operand *known = &place.operand[operand]
     cdef int d
-    if cnp.PyArray_DATA(a) != cnp.PyArray_DATA(b) or cnp.PyArray_TYPE(a) != cnp.PyArray_TYPE(b):
+    if cnp.PyArray_DATA(array) != known.data or dtype_code(array) != <int>known.dtype:
         return False
-    for d in range(cnp.PyArray_NDIM(a)):
-        if cnp.PyArray_STRIDE(a, d) != cnp.PyArray_STRIDE(b, d):
+    for d in range(place.n_dims):
+        if cnp.PyArray_STRIDE(array, d) != known.strides[d]:
             return False
     return True
+
+
+cdef void find_span(cnp.ndarray array, size_t *first, size_t *end):
+    """The addresses from an array's first byte to behind its last."""
+    cdef ptrdiff_t extent
+    cdef int d
+    first[0] = <size_t>cnp.PyArray_DATA(array)
+    end[0] = first[0] + <size_t>cnp.PyArray_ITEMSIZE(array)
+    for d in range(cnp.PyArray_NDIM(array)):
+        extent = cnp.PyArray_STRIDE(array, d) * (cnp.PyArray_DIM(array, d) - 1)
+        if cnp.PyArray_DIM(array, d) == 0:
+            end[0] = first[0]
+            return
+        if extent < 0:
+            first[0] += <size_t>extent
+        else:
+            end[0] += <size_t>extent
+
+
+cdef bint gather(object spec, object tree, list leaves) except -1:
+    """Append the leaves of a tree to a list. False if it is not built of dictionaries and lists just like the spec."""
+    cdef Py_ssize_t i
+    cdef object item
+    if spec is None:
+        leaves.append(tree)
+    elif type(spec) is dict:
+        if type(tree) is not dict or len(<dict>tree) != len(<dict>spec):
+            return False
+        for key, part in (<dict>spec).items():
+            if key not in <dict>tree or not gather(part, (<dict>tree)[key], leaves):
+                return False
+    elif type(tree) is not list or len(<list>tree) != len(<list>spec):
+        return False
+    else:
+        for i, part in enumerate(<list>spec):
+            if not gather(part, (<list>tree)[i], leaves):
+                return False
+    return True
+
+
+# Below so many elements a step is over sooner than the GIL is released and taken again.
+cdef enum: N_SMALL = 20_000
 
 
 cdef class Plan:
@@ -253,14 +320,18 @@ cdef class Plan:
 
     cdef fs_plan *plan
     cdef fs_options options
-    cdef list params, states, grads, places
+    cdef list params, states, places
+    cdef readonly list grads    # None before any are bound
+    cdef size_t n_spans         # address ranges of what a step writes, apart and in order: first address, end, ...
+    cdef size_t *spans
+    cdef list seen              # what `repeat` expects: each group's dictionary, with its keys and values
+    cdef tuple seen_options     # clip_norm, nonfinite, num_threads
 
     def __cinit__(self, list params, list states, list groups, list rules):
         cdef fs_array *array
         cdef size_t i, s
         self.params = params
         self.states = states
-        self.grads = [None] * len(params)
         self.places = []
         self.plan = fs_plan_new(len(params), len(rules))
         if self.plan == NULL:
@@ -286,34 +357,72 @@ cdef class Plan:
 
     def __dealloc__(self):
         fs_plan_free(self.plan)
+        PyMem_Free(self.spans)
 
-    def bind(self, list grads):
-        """Take these gradients for the next steps.
+    # ---- Gradients ----
 
-        Returns the index of the first that is no supported array of its parameter's shape, or -1. The second value is
-        whether any array now lies elsewhere than before.
+    def look_at(self, list grads):
+        """What may be wrong with gradients for this plan.
+
+        Returns the index of the first that is no supported array of its parameter's shape, or -1; and whether any may share
+        memory with what a step writes. Those that lie where the bound ones do have been checked.
         """
-        cdef size_t i
-        cdef bint moved = False
-        cdef cnp.ndarray grad
-        for i in range(self.plan.n_arrays):
-            candidate = grads[i]
-            if not cnp.PyArray_CheckExact(candidate):
-                return <Py_ssize_t>i, moved
-            grad = <cnp.ndarray>candidate
-            if dtype_code(grad) < 0 or not same_shape(grad, self.params[i]):
-                return <Py_ssize_t>i, moved
-            if self.grads[i] is None or not same_memory(grad, self.grads[i]):
-                moved = True
-                set_operand(&self.plan.arrays[i], FS_GRAD, grad)
-                self.grads[i] = grad
-        return -1, moved
+        cdef bint near = False
+        cdef Py_ssize_t bad = self.find_bad(grads, &near)
+        return bad, near
 
-    def unbind(self):
-        """Forget the gradients, so that the next ones are all looked at."""
+    cdef Py_ssize_t find_bad(self, list grads, bint *near) except -2:
         cdef size_t i
         for i in range(self.plan.n_arrays):
-            self.grads[i] = None
+            if not cnp.PyArray_CheckExact(grads[i]) or not is_gradient(&self.plan.arrays[i], grads[i]):
+                return <Py_ssize_t>i
+            if not near[0] and not lies_at(&self.plan.arrays[i], FS_GRAD, grads[i]):
+                near[0] = self.is_near(grads[i])
+        return -1
+
+    cpdef bind(self, list grads):
+        """Take these gradients for the next steps."""
+        cdef size_t i
+        for i in range(self.plan.n_arrays):
+            if not lies_at(&self.plan.arrays[i], FS_GRAD, grads[i]):
+                set_operand(&self.plan.arrays[i], FS_GRAD, grads[i])
+        self.grads = grads
+
+    cdef bint is_near(self, cnp.ndarray grad) except -1:
+        """Whether the range of addresses of an array meets that of one to be written."""
+        cdef size_t first, end, low = 0, high, middle
+        if self.spans == NULL:
+            self.find_spans()
+        find_span(grad, &first, &end)
+        high = self.n_spans
+        while low < high:    # for the first span that ends behind the beginning
+            middle = (low + high) // 2
+            if self.spans[2 * middle + 1] > first:
+                high = middle
+            else:
+                low = middle + 1
+        return low < self.n_spans and self.spans[2 * low] < end
+
+    cdef int find_spans(self) except -1:
+        cdef size_t first, end
+        cdef list found = []
+        for array in [*self.params, *itertools.chain(*self.states)]:
+            find_span(array, &first, &end)
+            if first < end:
+                found.append((first, end))
+        self.spans = <size_t *>PyMem_Malloc((2 * len(found) + 1) * sizeof(size_t))
+        if self.spans == NULL:
+            check(FS_OUT_OF_MEMORY)
+        for first, end in sorted(found):
+            if self.n_spans > 0 and first < self.spans[2 * self.n_spans - 1]:
+                self.spans[2 * self.n_spans - 1] = max(end, self.spans[2 * self.n_spans - 1])
+            else:
+                self.spans[2 * self.n_spans] = first
+                self.spans[2 * self.n_spans + 1] = end
+                self.n_spans += 1
+        return 0
+
+    # ---- Parameters and settings ----
 
     def first_read_only(self):
         """The index of the first parameter that cannot be written; -1 if there is none."""
@@ -323,10 +432,30 @@ cdef class Plan:
                 return <Py_ssize_t>i
         return -1
 
+    def first_moved(self):
+        """The index of the first parameter that, or whose state, no longer lies where it did; -1 if there is none."""
+        cdef size_t i
+        for i in range(self.plan.n_arrays):
+            if self.has_moved(i):
+                return <Py_ssize_t>i
+        return -1
+
+    cdef bint has_moved(self, size_t i):
+        cdef const fs_array *place = &self.plan.arrays[i]
+        cdef int o = FS_STATE
+        if not has_shape(place, self.params[i]) or not lies_at(place, FS_PARAM, self.params[i]):
+            return True
+        for state in <tuple>self.states[i]:
+            if not has_shape(place, state) or not lies_at(place, o, state):
+                return True
+            o += 1
+        return False
+
     def set_group(self, size_t index, dict values):
         """Set the hyper-parameters of a group, from their public names."""
         cdef fs_group *group = &self.plan.groups[index]
         cdef int h = 0
+        self.seen = None
         for name, item in self.places[index]:
             group.hyper[h] = values[name] if item is None else values[name][item]
             h += 1
@@ -372,7 +501,7 @@ cdef class Plan:
 
     # What follows uses gradients that were measured. Nothing here can fail or be interrupted: no allocation, no Python.
 
-    def update(self, bint apply, bint clear_grads):
+    cpdef update(self, bint apply, bint clear_grads):
         """Update parameters and states if the step is to be applied, then clear the gradients if they are to be."""
         with nogil:
             if apply:
@@ -384,6 +513,94 @@ cdef class Plan:
         """Clip the gradients in place."""
         with nogil:
             fs_clip(self.plan, &self.options)
+
+
+    # ---- The short way ----
+
+    def remember(self, list groups, clip_norm, nonfinite, num_threads):
+        """Take what is in these dictionaries, and the options, as what this plan was told last."""
+        self.seen_options = (clip_norm, nonfinite, num_threads)
+        self.seen = [(group, tuple(group), tuple(group.values())) for group in groups]
+
+    def repeat(self, spec, grads, grad_scale, bint zero_grads, list groups, clip_norm, nonfinite, num_threads,
+               report_type):
+        """Take a step if all is as at the last one but what the gradients hold and where they lie.
+
+        Returns its report; None if there is more to look at, or anything wrong: nothing has changed then.
+
+        Parameters
+        ----------
+        spec, grads : object
+            Trees of the same form, with None for arrays in `spec`; or None for the bound gradients.
+        groups : list of dict
+        clip_norm, nonfinite, num_threads : object
+            As given to `remember`.
+        report_type : type
+            A named tuple.
+        """
+        cdef fs_report report
+        cdef size_t i
+        cdef list leaves
+        cdef bint near = False
+        if not self.has_seen(groups, clip_norm, nonfinite, num_threads):
+            return None
+        if type(grad_scale) is not float or <double>grad_scale != self.options.grad_scale:
+            return None
+        if grads is None:
+            leaves = self.grads
+        else:
+            leaves = []
+            if not gather(spec, grads, leaves):
+                return None
+        if leaves is None or self.find_bad(leaves, &near) >= 0 or near:
+            return None
+        self.bind(leaves)
+        for i in range(self.plan.n_arrays):
+            if not cnp.PyArray_ISWRITEABLE(self.params[i]) or self.has_moved(i):
+                return None
+            if zero_grads and not cnp.PyArray_ISWRITEABLE(self.grads[i]):
+                return None
+
+        if self.plan.n_elements < N_SMALL:
+            fs_measure(self.plan, &self.options, &report)
+        else:
+            with nogil:
+                fs_measure(self.plan, &self.options, &report)
+        if not report.applied:
+            return None
+        for i in range(self.plan.n_arrays):
+            if self.plan.arrays[i].n_nonfinite > 0:
+                return None
+        result = PyTuple_Type.tp_new(report_type, ((
+            <long long>self.plan.step + 1, True, report.grad_norm if report.has_norm else None, report.clip_factor, {},
+        ),), NULL)
+        if self.plan.n_elements < N_SMALL:
+            fs_update(self.plan, &self.options)
+            if zero_grads:
+                fs_clear(self.plan, &self.options)
+        else:
+            self.update(True, zero_grads)
+        return result
+
+    cdef bint has_seen(self, list groups, clip_norm, nonfinite, num_threads):
+        cdef Py_ssize_t place, i, j
+        cdef PyObject *key
+        cdef PyObject *value
+        if self.seen is None or len(groups) != len(self.seen):
+            return False
+        if (clip_norm is not self.seen_options[0] or nonfinite is not self.seen_options[1] or
+                num_threads is not self.seen_options[2]):
+            return False
+        for i in range(len(groups)):
+            group, keys, values = <tuple>self.seen[i]
+            if groups[i] is not group or len(<dict>group) != len(<tuple>keys):
+                return False
+            place = j = 0
+            while PyDict_Next(group, &place, &key, &value):
+                if key != <PyObject *>(<tuple>keys)[j] or value != <PyObject *>(<tuple>values)[j]:
+                    return False
+                j += 1
+        return True
 
 
 cdef double or_infinity(value):

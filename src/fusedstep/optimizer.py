@@ -156,6 +156,8 @@ class Optimizer:
         self._names = [name for group in self.param_groups for name in group["names"]]
         self._params = [array for group in self.param_groups for array in group["params"]]
         self._group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+        specs = [structure.spec() for structure in self._structures]
+        self._spec = specs if self._is_grouped else specs[0]
         repeated = [name for name, count in Counter(self._names).items() if count > 1]
         if repeated:
             raise ValueError(f"params[{repeated[0]!r}]: expected names of their own, got one name twice")
@@ -164,7 +166,6 @@ class Optimizer:
 
         self.state: Mapping[str, Mapping[str, Array]] = {name: {} for name in self._names}
         self._lock = threading.Lock()
-        self._grads: list[Array] | None = None  # bound for the next steps
         self._resolved: dict[int, tuple[list[Any], dict[str, Any]]] = {}  # hyper-parameters as given, and checked
         self._in_plan: list[dict[str, Any]] = []  # those the plan has
         self._kernels: list[Kernel] = []
@@ -200,6 +201,8 @@ class Optimizer:
                 self._check_hyper(values)
                 if all(is_constant(value) for value in raw):
                     self._resolved[i] = raw, values
+                else:
+                    self._resolved.pop(i, None)
             resolved.append(values)
         return resolved
 
@@ -231,7 +234,10 @@ class Optimizer:
                     array = self._new_state(f"{name}.{key}", param, self._initial_state(key, values[group]))
                 completed[name][key] = array
         if self._allocate_state is not None:
-            _arrays.check_overlaps([*self._labelled("params", self._params), *state_labels(completed)])
+            written = [*self._labelled("params", self._params), *state_labels(completed)]
+            _arrays.check_overlaps(written)
+            if self._plan is not None and self._plan.grads is not None:
+                _arrays.check_overlaps(written, self._labelled("grads", self._plan.grads))
         return completed
 
     def _new_state(self, name: str, param: Array, fill: float) -> Array:
@@ -254,8 +260,8 @@ class Optimizer:
             rules = [(type(self)._rule, kernel.states) for kernel in kernels]
             plan = _backends.ReferencePlan(self._params, states, self._group_of, rules)
         plan.steps = steps
-        if self._grads is not None:
-            plan.bind(self._grads)
+        if self._plan is not None and self._plan.grads is not None:
+            plan.bind(self._plan.grads)
         return plan
 
     def _adoption(self, plan: Any, kernels: list[Kernel], state: dict[str, dict[str, Array]]) -> list[Change]:
@@ -293,31 +299,39 @@ class Optimizer:
         TypeError, ValueError
             If a gradient or hyper-parameter is not what it should be. Nothing has changed then.
         """
+        with self._lock:
+            report: StepReport | None = self._plan.repeat(
+                self._spec, grads, grad_scale, zero_grads,
+                self.param_groups, self.clip_norm, self.nonfinite, self.num_threads, StepReport,
+            )  # fmt: skip
+            return report or self._step(grads, grad_scale, zero_grads)
+
+    def _step(self, grads: Any, grad_scale: float, zero_grads: bool) -> StepReport:
+        """A step with all there may be to look at."""
         grad_scale = _hyper.grad_scale(grad_scale, "grad_scale")
         _hyper.check_choice("nonfinite", self.nonfinite)
-        with self._lock:
-            steps = self._plan.steps
-            values = self._resolve(self.param_groups, steps)
-            clip_norm = _hyper.resolve("clip_norm", self.clip_norm, steps, "clip_norm")
-            self._prepare_plan(values, steps)
-            if grads is not None:
-                self._bind(grads)
-            if self._grads is None:
-                raise ValueError("grads: expected gradients, got none, and none are bound")
-            read_only = self._plan.first_read_only()
-            if read_only >= 0:
-                raise ValueError(f"params[{self._names[read_only]!r}]: expected a writeable array, got a read-only one")
-            if zero_grads:
-                self._check_clearable()
-            applied, grad_norm, clip_factor, bad = self._plan.measure(
-                grad_scale=grad_scale, clip_norm=clip_norm, nonfinite=self.nonfinite, num_threads=self.num_threads
-            )
-            nonfinite = {self._names[i]: count for i, count in bad}
-            if not applied and self.nonfinite == "raise":
-                raise NonFiniteGradientError(nonfinite)
-            report = StepReport(steps + applied, applied, grad_norm, clip_factor, nonfinite)
-            self._plan.update(applied, zero_grads)  # last of all, so that nothing can go wrong afterwards
-            return report
+        steps = self._plan.steps
+        values = self._resolve(self.param_groups, steps)
+        clip_norm = _hyper.resolve("clip_norm", self.clip_norm, steps, "clip_norm")
+        self._prepare_plan(values, steps)
+        if grads is not None:
+            self._bind(grads)
+        elif self._plan.grads is not None:
+            self._bind_arrays(self._plan.grads)  # are they still what they were?
+        else:
+            raise ValueError("grads: expected gradients, got none, and none are bound")
+        self._check_writeable(zero_grads)
+        applied, grad_norm, clip_factor, bad = self._plan.measure(
+            grad_scale=grad_scale, clip_norm=clip_norm, nonfinite=self.nonfinite, num_threads=self.num_threads
+        )
+        nonfinite = {self._names[i]: count for i, count in bad}
+        if not applied and self.nonfinite == "raise":
+            raise NonFiniteGradientError(nonfinite)
+        report = StepReport(steps + applied, applied, grad_norm, clip_factor, nonfinite)
+        if len(self._resolved) == len(self.param_groups) and is_constant(self.clip_norm):
+            self._plan.remember(self.param_groups, self.clip_norm, self.nonfinite, self.num_threads)
+        self._plan.update(applied, zero_grads)  # last of all, so that nothing can go wrong afterwards
+        return report
 
     def bind(self, grads: Any) -> None:
         """Use these gradient arrays from now on: later calls of :meth:`step` without gradients read what they then hold."""
@@ -335,28 +349,28 @@ class Optimizer:
         self._bind_arrays([leaf for structure, part in zip(self._structures, parts) for leaf in structure.collect(part)])
 
     def _bind_arrays(self, grads: list[Any]) -> None:
-        try:
-            bad, moved = self._plan.bind(grads)
-            if bad >= 0:
-                # Not plain arrays of the right shapes: find out what they are, or what is wrong with them.
-                grads = [_arrays.as_gradient(grad, label) for label, grad in self._labelled("grads", grads)]
-                for (label, grad), param in zip(self._labelled("grads", grads), self._params):
-                    if grad.shape != param.shape:
-                        raise ValueError(f"{label}: expected shape {param.shape}, got {grad.shape}")
-                _, moved_too = self._plan.bind(grads)
-                moved = moved or moved_too
-            if moved:
-                written = [*self._labelled("params", self._params), *state_labels(self.state)]
-                _arrays.check_overlaps(written, self._labelled("grads", grads))
-        except BaseException:
-            self._plan.unbind()
-            if self._grads is not None:
-                self._plan.bind(self._grads)  # what was bound before stays bound
-            raise
-        self._grads = grads
+        bad, near = self._plan.look_at(grads)
+        if bad >= 0:
+            # Not plain arrays of the right shapes: find out what they are, or what is wrong with them.
+            grads = [_arrays.as_gradient(grad, label) for label, grad in self._labelled("grads", grads)]
+            for (label, grad), param in zip(self._labelled("grads", grads), self._params):
+                if grad.shape != param.shape:
+                    raise ValueError(f"{label}: expected shape {param.shape}, got {grad.shape}")
+            _, near = self._plan.look_at(grads)
+        if near:
+            written = [*self._labelled("params", self._params), *state_labels(self.state)]
+            _arrays.check_overlaps(written, self._labelled("grads", grads))
+        self._plan.bind(grads)
 
-    def _check_clearable(self) -> None:
-        for label, grad in self._labelled("grads", self._grads or []):
+    def _check_writeable(self, grads_too: bool) -> None:
+        moved = self._plan.first_moved()
+        if moved >= 0:
+            name = self._names[moved]
+            raise ValueError(f"params[{name!r}]: expected it and its state to stay where they were, got memory elsewhere")
+        read_only = self._plan.first_read_only()
+        if read_only >= 0:
+            raise ValueError(f"params[{self._names[read_only]!r}]: expected a writeable array, got a read-only one")
+        for label, grad in self._labelled("grads", self._plan.grads) if grads_too else ():
             if not grad.flags.writeable:
                 raise ValueError(f"{label}: expected a writeable array for zero_grads=True, got a read-only one")
 

@@ -296,9 +296,7 @@ def scaled_sum_squares(g: Array) -> tuple[float, int]:
     total = sum_squares(g)
     if SMALL_SUM <= total <= BIG_SUM:
         return total, 0
-    if not np.isfinite(g).all():
-        return (math.nan if np.isnan(g).any() else math.inf), 0
-    if g.dtype == np.float32:
+    if g.dtype == np.float32 or math.isnan(total):
         return total, 0
     if total > BIG_SUM:
         return sum_squares(g, 2.0**-RESCUE), RESCUE
@@ -322,10 +320,13 @@ def combine(sums: list[tuple[float, int]]) -> tuple[float, int]:
 
 
 def combine_clipped(sums: list[tuple[float, int]], factors: list[float]) -> tuple[float, int]:
-    """The same with each array's norm first scaled by its factor, which can be tiny: its square would vanish."""
+    """The same with each array's norm first scaled by its factor, which can be as tiny as the norm was large.
+
+    What still vanishes when squared is nothing beside clip_factor's 1e-6.
+    """
     norms = [math.frexp(math.sqrt(total) * f) for (total, _), f in zip(sums, factors)]
     norms = [(mantissa, own + e) for (mantissa, own), (_, e) in zip(norms, sums)]
-    exponent = max((e for mantissa, e in norms if mantissa > 0), default=0)
+    exponent = max([0, *(e for mantissa, e in norms if math.isfinite(mantissa))])
     scaled = np.array([ldexp(mantissa, e - exponent) for mantissa, e in norms])
     with np.errstate(all="ignore"):
         return math.sqrt(pairwise_sum(scaled * scaled)), exponent
