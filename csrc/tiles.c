@@ -252,7 +252,7 @@ static bool rows_are_runs(const fs_array *array, int o)
     const fs_loop *across = &array->loops[array->across], *last = &array->loops[array->n_loops - 1];
     if (array->blocks_per_tile > 1 || !is_run(array, o, last->stride[o]))
         return false;
-    const bool blocks_are_runs = last->n_chunks == 1 && across->stride[o] == last->stride[o] * (ptrdiff_t)last->size;
+    const bool blocks_are_runs = across->stride[o] == last->stride[o] * (ptrdiff_t)last->size;    /* of short, whole rows */
     return has_long_rows(array) || across->chunk == 1 || blocks_are_runs;
 }
 

@@ -34,6 +34,7 @@ FILES.remove("rules/roofline.h")  # no rule, but the speed limit that rules are 
 # Cheap and strong ones first.
 C_TESTS = [
     "textbook",
+    "negative_variance",
     "settings",
     "out_of_memory",
     "empty_plans",
@@ -83,6 +84,9 @@ TEAM = "how many threads work changes no result"
 SHORT_WAY = "the short way and the long way have the same bits"
 MERGING = "loops that are not merged only take time"
 ORDER = "in which order, and by which pieces, the elements are visited changes no result"
+ROOM = "room that is not used"
+LEAK = "a leak, which the sanitizers find"
+NOTHING = "an allocation of nothing, which gives NULL elsewhere"
 TIME = "time keeping"
 EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("engine.c", "const fs_kernels *kernels[2]", None, MEMORY),
@@ -124,9 +128,25 @@ EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("engine.c", "fs_threads_learn", None, TIME),
     ("kernels.inc", "if (grad_scale != 1.0)", "0.0", "the same division, by 1"),
     ("kernels.inc", "if (stages->clip_value < HUGE_VAL)", "<=", "clipped at infinity"),
+    ("kernels.inc:apply_stages", "x = x > bound", ">=", EQUAL),
+    ("kernels.inc:apply_stages", "x = x < -bound", "<=", EQUAL),
+    ("kernels.inc:apply_stages", "real subgradient = param[i] > 0", ">=", "a parameter of 0 comes later"),
+    ("kernels.inc:apply_stages", "subgradient = param[i] < 0", "<=", "a parameter of 0 comes later"),
+    ("kernels.inc:sum_squares", "n - start < FS_BLOCK", "<=", EQUAL),
+    ("kernels.inc:sum_squares", "l < FS_LANES", "<=", OUTSIDE),
+    ("kernels.inc:sum_squares", "l < half", "<=", OUTSIDE),
+    ("rules/adam.h", "> v ?", ">= v ?", EQUAL),
+    ("rules/rmsprop.h", "variance < 0 ?", "<= 0 ?", EQUAL),
+    ("plan.c:fs_plan_new", "->arrays = calloc(n_arrays + 1", "+ 0", NOTHING),
+    ("plan.c:fs_plan_new", "->groups = calloc(n_groups + 1", "+ 0", NOTHING),
+    ("plan.c:fs_plan_new", "->array_sums = calloc(n_arrays + 1", "+ 0", NOTHING),
     ("plan.c", "calloc(", "+ 2", MEMORY),
     ("plan.c", "calloc(1,", "calloc(2", MEMORY),
-    ("plan.c", "free(", DELETED, "a leak, which the sanitizers find"),
+    ("plan.c", "free(", DELETED, LEAK),
+    ("plan.c:fs_plan_free", "for (size_t i = 0", None, LEAK),
+    ("plan.c:fs_plan_finish", "plan->block_sums = calloc(", "+ 0", NOTHING),
+    ("plan.c:fs_plan_finish", "plan->first_block[i + 1] =", "FS_BLOCK + 1", "a further block of 0 changes no pairwise sum"),
+    ("plan.c:fs_plan_finish", "plan->first_block[i + 1] =", "FS_BLOCK - 0", "a further block of 0 changes no pairwise sum"),
     ("tiles.c", "sizeof(fs_loop), dims =", "(n + 3)", MEMORY),
     ("tiles.c", "sizeof(fs_loop), dims =", "dims = (n + 2)", MEMORY),
     ("tiles.c", "const size_t lengths", "(2 + FS", MEMORY),
@@ -140,7 +160,28 @@ EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("tiles.c", "dims[n++] = (fs_dim){1,", "{2,", "one element is one row of one, whatever its dimension's size"),
     ("tiles.c", "for (int o = 0; o < FS_N_OPERANDS; o++)", "o <= FS_N_OPERANDS", OUTSIDE),
     ("tiles.c:are_one", "return true;", None, MERGING),
+    ("tiles.c:are_one", "for (int o = 0;", "o--", MERGING + ", or where it looks is out of bounds, which the sanitizers find"),
+    ("tiles.c:are_one", "inner->stride[o] * (ptrdiff_t)inner->size", "/", MERGING),
+    ("tiles.c:arrange_loops", "loops[++last] = (fs_loop){.size = 1};", "2", "copies of the one element are updated, twice"),
+    ("tiles.c:share_tile", "const ptrdiff_t *strides =", "- 0", ROOM),
+    ("tiles.c:share_tile", "size_t n_copied = 0, place = 0;", "= 1", ROOM + ", or out of bounds, where the sanitizers find it"),
+    ("tiles.c:share_tile", "copied[o] = !only_copied", "data || ", ROOM),
+    ("tiles.c:share_tile", "place += copied[o] ? room : 0", ": 1", ROOM + ", or out of bounds, where the sanitizers find it"),
+    ("tiles.c:arrange_tiles", "for (int l = 0; l < array->n_loops", "<=", OUTSIDE),
+    ("tiles.c:fs_array_set", "if (array->n_dims > 0)", ">= 0", "copies nothing"),
+    ("tiles.c:fs_grad_in_c_order", "if (array->n_grad_dims > 1", "> 0", SHORT_WAY),
+    ("tiles.c:fs_grad_in_c_order", "if (array->n_grad_dims > 1", ">= 1", SHORT_WAY),
+    ("tiles.c:fs_load_in_c_order", "size_t rest = start, column = 0, row = 0", None, "set in the loop that follows, where it counts"),
+    ("tiles.c:fs_load_in_c_order", "if (last > 0 && n_columns", "last < 0", ORDER),
+    ("tiles.c:fs_load_in_c_order", "if (last > 0 && n_columns", "last > 1", ORDER),
+    ("tiles.c:fs_load_in_c_order", "k->load[grad->dtype]", ": 1", "a single row's distance from the next"),
+    ("tiles.c:fs_load_in_c_order", "k->load[grad->dtype]", ">= 0", "a single row's distance from the next"),
+    ("tiles.c:rows_are_runs", "across->chunk == 1", "== 0", SHORT_WAY),
+    ("tiles.c:fs_are_runs", "", "o--", SHORT_WAY),
+    ("tiles.c:fs_are_runs", "", "<=", SHORT_WAY),
+    ("tiles.c:fs_are_runs", "", ">= 2", SHORT_WAY),
     ("tiles.c:fs_are_runs", "return true;", None, SHORT_WAY),
+    ("tiles.c:fs_first_tile", "return array->n_tiles / n_units", "* n_units", CUTS),
     ("tiles.c:find_transposed", "", None, ORDER),
     ("tiles.c:has_long_rows", "", None, ORDER),
     ("tiles.c", "loop.stride[o] = array->operand[o].data ?", ": 1", MERGING),

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from . import check
+from .bench import command as bench
 from .config import show_config
 from .demo import train
 
@@ -19,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_parser.add_argument("--thorough", action="store_true", help="more sizes, types and threads")
     train_parser = commands.add_parser("train", help="train a perceptron on real data with any rule")
     train.add_arguments(train_parser)
+    bench_parser = commands.add_parser("bench", help="time steps beside those of the other libraries installed here")
+    bench.add_arguments(bench_parser)
     args = parser.parse_args(arguments)
     try:
         if args.command == "info":
@@ -26,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if args.command == "check":
             return check.main(args.thorough)
+        if args.command == "bench":
+            return bench.main(args)
         return train.main(args)
     except RuntimeError as error:  # no compiled kernels
         print(f"fusedstep: {error}", file=sys.stderr)

@@ -1,0 +1,70 @@
+/* Fixed pieces of work whose instructions are counted (bench/instructions.py). Each makes some steps in one thread. */
+#pragma GCC diagnostic ignored "-Wunused-function"    /* of the harness, this takes a part */
+#include "harness.h"
+
+enum { STEPS = 10 };
+
+static void steps_of(const char *rule, int storage, size_t n_arrays, size_t size, bool is_busy)
+{
+    size_t sizes[1000];
+    for (size_t i = 0; i < n_arrays; i++)
+        sizes[i] = size;
+    fs_plan *plan = make_plan(storage, n_arrays, sizes);
+    const int found = find_rule(rule);
+    const fs_options options = is_busy ? busy(plan, found) : plain(plan, found);
+    for (int i = 0; i < STEPS; i++)
+        take_step(plan, options);
+    free_plan(plan);
+}
+
+/* A Fortran-order parameter and state; the gradient in C order. */
+static void steps_transposed(const char *rule, ptrdiff_t n_rows, ptrdiff_t n_columns)
+{
+    const size_t size = (size_t)(n_rows * n_columns);
+    const ptrdiff_t shape[] = {n_rows, n_columns};
+    const ptrdiff_t c_order[] = {4 * n_columns, 4}, fortran_order[] = {4, 4 * n_rows};
+    fs_plan *flat = make_plan(FS_FLOAT32, 1, &size), *plan = make_plan_like(flat, 2, shape);
+    for (int o = 0; o < FS_N_OPERANDS; o++)
+        fs_array_set(&plan->arrays[0], o, operand(flat, 0, o)->data, FS_FLOAT32, true, o == FS_GRAD ? c_order : fortran_order);
+    const fs_options options = plain(plan, find_rule(rule));
+    for (int i = 0; i < STEPS; i++)
+        take_step(plan, options);
+    fs_plan_free(plan);
+    free_plan(flat);
+}
+
+static void one_array(void) { steps_of("adam", FS_FLOAT32, 1, 100000, false); }
+static void one_small_array(void) { steps_of("adam", FS_FLOAT32, 1, 1000, false); }
+static void many_small_arrays(void) { steps_of("adam", FS_FLOAT32, 1000, 100, false); }
+static void every_stage(void) { steps_of("adam", FS_FLOAT32, 1, 100000, true); }
+static void in_double(void) { steps_of("adam", FS_FLOAT64, 1, 100000, false); }
+static void half_precision(void) { steps_of("adam", FS_BFLOAT16, 1, 100000, false); }
+static void transposed(void) { steps_transposed("adam", 300, 333); }
+
+static void every_rule(void)
+{
+    FOR_RULES(rule)
+        steps_of(fs_rule_name(rule), FS_FLOAT32, 1, 10000, false);
+}
+
+/* One is run, at a CPU level: workloads NAME LEVEL. Without arguments, lists the names. */
+int main(int argc, char **argv)
+{
+#define WORKLOAD(name) {#name, name}
+    static const struct { const char *name; void (*run)(void); } workloads[] = {
+        WORKLOAD(one_array),   WORKLOAD(one_small_array), WORKLOAD(many_small_arrays), WORKLOAD(every_stage), WORKLOAD(in_double),
+        WORKLOAD(half_precision), WORKLOAD(transposed), WORKLOAD(every_rule),
+    };
+    for (size_t w = 0; w < LENGTH(workloads); w++) {
+        if (argc == 1)
+            puts(workloads[w].name);
+        for (fs_level level = FS_BASELINE; argc == 3 && level < FS_N_LEVELS; level++)
+            if (strcmp(argv[1], workloads[w].name) == 0 && strcmp(argv[2], fs_level_name(level)) == 0) {
+                if (fs_level_set(level) != FS_OK)
+                    return 2;
+                workloads[w].run();
+                return n_failures > 0;
+            }
+    }
+    return argc != 1;
+}

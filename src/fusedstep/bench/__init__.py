@@ -1,0 +1,1 @@
+"""The ``fusedstep bench`` command: steps of this library beside those of others, as ratios."""
