@@ -89,27 +89,35 @@ static void run_pass(const fs_pass *pass)
 
 /* The gradient as the norm sees it: in the compute type, unscaled, on demand with its non-finite elements zeroed. */
 static const void *load_gradient(const fs_pass *pass, const fs_array *array, size_t start, size_t count, bool zero,
-                                 void *run)
+                                 fs_tile *tile)
 {
     const fs_kernels *k = pass->kernels[array->real];
-    fs_load_in_c_order(k, array, start, count, run);
-    k->unscale(count, run, pass->options->grad_scale, zero);
-    return run;
+    fs_load_in_c_order(k, array, start, count, tile);
+    k->unscale(count, tile, pass->options->grad_scale, zero);
+    return tile;
+}
+
+/* So many elements are loaded at a time: a block, but of a transposed gradient as many as fit, for its cache lines to be used
+ * while they are here. */
+static size_t load_size(const fs_array *array)
+{
+    return array->grad_is_transposed ? sizeof(fs_tile) / array->item / FS_BLOCK * FS_BLOCK : FS_BLOCK;
 }
 
 static void sum_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
 {
     const fs_array *array = &pass->plan->arrays[i];
     const fs_kernels *k = pass->kernels[array->real];
-    double *sums = pass->plan->block_sums + pass->plan->first_block[i] + start / FS_BLOCK;
+    const size_t step = load_size(array);
+    double *sums = pass->plan->block_sums + pass->plan->first_block[i];
     const char *run = fs_grad_in_c_order(array);
     if (run && pass->options->grad_scale == 1.0) {
-        k->sum_squares(end - start, run + start * fs_dtype_size(array->real), 1.0, sums);
+        k->sum_squares(end - start, run + start * array->item, 1.0, &sums[start / FS_BLOCK]);
         return;
     }
-    for (; start < end; start += FS_BLOCK) {
-        const size_t count = min_size(end - start, FS_BLOCK);
-        k->sum_squares(count, load_gradient(pass, array, start, count, false, tile->run[FS_GRAD]), 1.0, sums++);
+    for (; start < end; start += step) {
+        const size_t count = min_size(end - start, step);
+        k->sum_squares(count, load_gradient(pass, array, start, count, false, tile), 1.0, &sums[start / FS_BLOCK]);
     }
 }
 
@@ -136,10 +144,11 @@ static double scaled_sum(const fs_pass *pass, size_t i, bool zero, double scale,
 {
     fs_plan *plan = pass->plan;
     const fs_array *array = &plan->arrays[i];
+    const size_t step = load_size(array);
     double *sums = plan->block_sums + plan->first_block[i];
-    for (size_t start = 0; start < array->size; start += FS_BLOCK) {
-        const size_t count = min_size(array->size - start, FS_BLOCK);
-        const void *grad = load_gradient(pass, array, start, count, zero, tile->run[FS_GRAD]);
+    for (size_t start = 0; start < array->size; start += step) {
+        const size_t count = min_size(array->size - start, step);
+        const void *grad = load_gradient(pass, array, start, count, zero, tile);
         pass->kernels[array->real]->sum_squares(count, grad, scale, &sums[start / FS_BLOCK]);
     }
     return pairwise_sum(sums, plan->first_block[i + 1] - plan->first_block[i]);
@@ -147,9 +156,10 @@ static double scaled_sum(const fs_pass *pass, size_t i, bool zero, double scale,
 
 static void count_nonfinite(const fs_pass *pass, const fs_array *array, size_t *n_nan, size_t *n_inf, fs_tile *tile)
 {
-    for (size_t start = 0; start < array->size; start += FS_BLOCK) {
-        const size_t count = min_size(array->size - start, FS_BLOCK);
-        const void *grad = load_gradient(pass, array, start, count, false, tile->run[FS_GRAD]);
+    const size_t step = load_size(array);
+    for (size_t start = 0; start < array->size; start += step) {
+        const size_t count = min_size(array->size - start, step);
+        const void *grad = load_gradient(pass, array, start, count, false, tile);
         pass->kernels[array->real]->count_nonfinite(count, grad, n_nan, n_inf);
     }
 }
@@ -157,29 +167,30 @@ static void count_nonfinite(const fs_pass *pass, const fs_array *array, size_t *
 static void finish_array_sum(const fs_pass *pass, size_t i)
 {
     fs_plan *plan = pass->plan;
-    fs_array *array = &plan->arrays[i];
+    const fs_array *array = &plan->arrays[i];
+    fs_norm *norm = &plan->norms[i];
     double *sums = plan->block_sums + plan->first_block[i];
-    array->sum_squares = pairwise_sum(sums, plan->first_block[i + 1] - plan->first_block[i]);
-    array->exponent = 0;
-    array->n_nonfinite = 0;
-    if (array->real == FS_FLOAT32 ? isfinite(array->sum_squares)
-                                  : array->sum_squares >= SMALL_SUM && array->sum_squares <= BIG_SUM)
+    norm->sum_squares = pairwise_sum(sums, plan->first_block[i + 1] - plan->first_block[i]);
+    norm->exponent = 0;
+    norm->n_nonfinite = 0;
+    if (array->real == FS_FLOAT32 ? isfinite(norm->sum_squares)
+                                  : norm->sum_squares >= SMALL_SUM && norm->sum_squares <= BIG_SUM)
         return;
 
     fs_tile tile;
     size_t n_nan = 0, n_inf = 0;
     count_nonfinite(pass, array, &n_nan, &n_inf, &tile);
-    array->n_nonfinite = n_nan + n_inf;
+    norm->n_nonfinite = n_nan + n_inf;
     const bool zero = pass->options->nonfinite == FS_NONFINITE_ZERO;
-    array->sum_squares = scaled_sum(pass, i, zero, 1.0, &tile);
+    norm->sum_squares = scaled_sum(pass, i, zero, 1.0, &tile);
     if (array->real == FS_FLOAT32)
         return;
-    if (array->sum_squares > BIG_SUM)
-        array->exponent = RESCUE_EXPONENT;
-    else if (array->sum_squares < SMALL_SUM)
-        array->exponent = -RESCUE_EXPONENT;
-    if (array->exponent != 0)
-        array->sum_squares = scaled_sum(pass, i, zero, ldexp(1.0, -array->exponent), &tile);
+    if (norm->sum_squares > BIG_SUM)
+        norm->exponent = RESCUE_EXPONENT;
+    else if (norm->sum_squares < SMALL_SUM)
+        norm->exponent = -RESCUE_EXPONENT;
+    if (norm->exponent != 0)
+        norm->sum_squares = scaled_sum(pass, i, zero, ldexp(1.0, -norm->exponent), &tile);
 }
 
 /* min(1, max_norm / (norm + 1e-6)) for norm = root * 2^exponent, which alone may be too large for a double. */
@@ -197,15 +208,16 @@ static void combine_arrays(fs_plan *plan, double *root, int *exponent)
     bool any = false;
     *exponent = 0;
     for (size_t i = 0; i < plan->n_arrays; i++) {
-        const fs_array *array = &plan->arrays[i];
-        if (array->sum_squares > 0 && (!any || array->exponent > *exponent)) {
-            *exponent = array->exponent;
+        const fs_norm *norm = &plan->norms[i];
+        if (norm->sum_squares > 0 && (!any || norm->exponent > *exponent)) {
+            *exponent = norm->exponent;
             any = true;
         }
     }
     for (size_t i = 0; i < plan->n_arrays; i++) {
-        const fs_array *array = &plan->arrays[i];
-        plan->array_sums[i] = ldexp(array->sum_squares, 2 * (array->exponent - *exponent));
+        const fs_norm *norm = &plan->norms[i];
+        const int shift = 2 * (norm->exponent - *exponent);
+        plan->array_sums[i] = shift == 0 ? norm->sum_squares : ldexp(norm->sum_squares, shift);
     }
     *root = sqrt(pairwise_sum(plan->array_sums, plan->n_arrays));
 }
@@ -217,14 +229,14 @@ static void combine_clipped_arrays(fs_plan *plan, double *root, int *exponent)
     *exponent = 0;
     for (int squaring = 0; squaring < 2; squaring++)
         for (size_t i = 0; i < plan->n_arrays; i++) {
-            const fs_array *array = &plan->arrays[i];
+            const fs_norm *norm = &plan->norms[i];
             int own = 0;
-            const double mantissa = frexp(sqrt(array->sum_squares) * array->clip_factor, &own);
+            const double mantissa = frexp(sqrt(norm->sum_squares) * plan->clip_factors[i], &own);
             if (squaring) {
-                const double scaled = ldexp(mantissa, own + array->exponent - *exponent);
+                const double scaled = ldexp(mantissa, own + norm->exponent - *exponent);
                 plan->array_sums[i] = scaled * scaled;
-            } else if (isfinite(mantissa) && own + array->exponent > *exponent) {
-                *exponent = own + array->exponent;
+            } else if (isfinite(mantissa) && own + norm->exponent > *exponent) {
+                *exponent = own + norm->exponent;
             }
         }
     *root = sqrt(pairwise_sum(plan->array_sums, plan->n_arrays));
@@ -241,18 +253,18 @@ static bool norm_pass(fs_pass *pass, fs_report *report)
     run_pass(pass);
     for (size_t i = 0; i < plan->n_arrays; i++) {
         finish_array_sum(pass, i);
-        plan->arrays[i].clip_factor = 1.0;
-        finite = finite && plan->arrays[i].n_nonfinite == 0;
+        plan->clip_factors[i] = 1.0;
+        finite = finite && plan->norms[i].n_nonfinite == 0;
     }
     combine_arrays(plan, &root, &exponent);
     report->has_norm = true;
     report->grad_norm = ldexp(root, exponent);
 
     for (size_t i = 0; i < plan->n_arrays; i++) {
-        fs_array *array = &plan->arrays[i];
-        const double max_norm = plan->groups[array->group].clip_norm_per_array;
+        const fs_norm *norm = &plan->norms[i];
+        const double max_norm = plan->groups[plan->arrays[i].group].clip_norm_per_array;
         if (max_norm < INFINITY) {
-            array->clip_factor = clip_factor(sqrt(array->sum_squares), array->exponent, max_norm);
+            plan->clip_factors[i] = clip_factor(sqrt(norm->sum_squares), norm->exponent, max_norm);
             clips_arrays = true;
         }
     }
@@ -261,11 +273,11 @@ static bool norm_pass(fs_pass *pass, fs_report *report)
             combine_clipped_arrays(plan, &root, &exponent);
         const double factor = clip_factor(root, exponent, pass->options->clip_norm);
         for (size_t i = 0; i < plan->n_arrays; i++)
-            plan->arrays[i].clip_factor *= factor;
+            plan->clip_factors[i] *= factor;
     }
     for (size_t i = 0; i < plan->n_arrays; i++)
-        if (plan->arrays[i].clip_factor < report->clip_factor || isnan(plan->arrays[i].clip_factor))
-            report->clip_factor = plan->arrays[i].clip_factor;
+        if (plan->clip_factors[i] < report->clip_factor || isnan(plan->clip_factors[i]))
+            report->clip_factor = plan->clip_factors[i];
     return finite;
 }
 
@@ -289,21 +301,21 @@ void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report)
         report->applied = finite || options->nonfinite != FS_NONFINITE_STOP;
     } else {
         for (size_t i = 0; i < plan->n_arrays; i++) {
-            plan->arrays[i].clip_factor = 1.0;
-            plan->arrays[i].n_nonfinite = 0;
+            plan->clip_factors[i] = 1.0;
+            plan->norms[i].n_nonfinite = 0;
         }
     }
     for (size_t i = 0; i < plan->n_arrays; i++)
-        plan->arrays[i].clip_factor *= options->clip_factor;
+        plan->clip_factors[i] *= options->clip_factor;
 }
 
 /* ---- The update pass ------------------------------------------------------------------------------------------------ */
 
-static fs_stages stages_of(const fs_group *group, const fs_array *array)
+static fs_stages stages_of(const fs_group *group, double clip_factor)
 {
     return (fs_stages){
         .negate = group->maximize,
-        .factor = array->clip_factor,
+        .factor = clip_factor,
         .clip_value = group->clip_value,
         .weight_decay = group->decoupled_weight_decay ? 0.0 : group->weight_decay,
         .l1 = group->l1,
@@ -320,17 +332,17 @@ static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end,
     const fs_array *array = &pass->plan->arrays[i];
     const fs_group *group = &pass->plan->groups[array->group];
     const fs_kernels *k = pass->kernels[array->real];
-    const fs_stages stages = stages_of(group, array);
-    const bool zero = pass->options->nonfinite == FS_NONFINITE_ZERO && array->n_nonfinite > 0;
+    const fs_stages stages = stages_of(group, pass->plan->clip_factors[i]);
+    const bool zero = pass->options->nonfinite == FS_NONFINITE_ZERO && pass->plan->norms[i].n_nonfinite > 0;
     const bool stage_grad = pass->options->grad_scale != 1.0 || zero || has_stages(&stages);
     const int n_operands = FS_STATE + fs_rule_states(group->rule);
     fs_rows rows[FS_N_OPERANDS];
     char *copy[FS_N_OPERANDS];
     void *at[FS_N_OPERANDS];
 
-    if (!stage_grad && fs_are_runs(array, n_operands)) {
+    if (!stage_grad && n_operands <= array->n_runs) {
         for (int o = 0; o < n_operands; o++)
-            at[o] = array->operand[o].data + start * fs_dtype_size(array->real);
+            at[o] = array->operand[o].data + start * array->item;
         k->rule[group->rule](end - start, at[FS_PARAM], at[FS_GRAD], &at[FS_STATE], group->decay, group->coefs);
         return;
     }
@@ -346,7 +358,7 @@ static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end,
                 at[o] = rows[o].first + (ptrdiff_t)r * rows[o].stride;
             if (stage_grad) {
                 if (rows[FS_GRAD].first != copy[FS_GRAD])    /* the caller's own */
-                    at[FS_GRAD] = memcpy(copy[FS_GRAD], at[FS_GRAD], shape.n_columns * fs_dtype_size(array->real));
+                    at[FS_GRAD] = memcpy(copy[FS_GRAD], at[FS_GRAD], shape.n_columns * array->item);
                 k->unscale(shape.n_columns, at[FS_GRAD], pass->options->grad_scale, zero);
                 k->apply_stages(shape.n_columns, at[FS_GRAD], at[FS_PARAM], &stages);
             }
@@ -378,7 +390,7 @@ static void clip_work(const fs_pass *pass, size_t i, size_t start, size_t end, f
     const fs_array *array = &pass->plan->arrays[i];
     const fs_kernels *k = pass->kernels[array->real];
     const fs_group *group = &pass->plan->groups[array->group];
-    const fs_stages stages = {.factor = array->clip_factor, .clip_value = group->clip_value};
+    const fs_stages stages = {.factor = pass->plan->clip_factors[i], .clip_value = group->clip_value};
     char *copy = (char *)tile + array->copy_offset[FS_GRAD];
     if (!has_stages(&stages))
         return;
@@ -409,7 +421,7 @@ static void clear_work(const fs_pass *pass, size_t i, size_t start, size_t end, 
         const fs_shape shape = fs_tile_shape(array, t);
         const fs_rows grad = fs_bring(k, array, FS_GRAD, t, copy);
         for (size_t r = 0; r < shape.n_rows; r++)
-            memset(grad.first + (ptrdiff_t)r * grad.stride, 0, shape.n_columns * fs_dtype_size(array->real));
+            memset(grad.first + (ptrdiff_t)r * grad.stride, 0, shape.n_columns * array->item);
         fs_take_back(k, array, FS_GRAD, t, copy);
     }
 }

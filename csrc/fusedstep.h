@@ -67,6 +67,7 @@ typedef struct { size_t size, chunk, n_chunks; ptrdiff_t stride[FS_N_OPERANDS]; 
 typedef struct {
     size_t size;
     fs_dtype real;                 /* compute type */
+    size_t item;                   /* its size */
     int group;
     int n_dims;
     ptrdiff_t *shape;
@@ -74,18 +75,18 @@ typedef struct {
     /* Two ways through the elements. Sums take the gradient in C order, whatever its layout, for the same bits: */
     int n_grad_dims;
     fs_dim *grad_dims;
+    bool grad_is_transposed;       /* jumps from cache line to cache line in C order, and not across */
     /* All else goes through all operands in the order in which the parameter lies in memory, tile by tile (tiles.c): */
     int n_loops, across;           /* a tile extends along the last loop, and across this one */
     fs_loop *loops;
     size_t n_blocks, blocks_per_tile, n_tiles;
+    int n_runs;                    /* the first so many operands are all whole runs, to be used where they lie */
     size_t copy_offset[FS_N_OPERANDS];    /* in the tile's memory, of operands that have to be copied */
     void *memory;                  /* that all these pointers point into */
-    /* What the norm pass found: the sum of squares of the gradient is sum_squares * 4^exponent. */
-    double sum_squares;
-    int exponent;
-    size_t n_nonfinite;
-    double clip_factor;
 } fs_array;
+
+/* What the norm pass found out about an array: the sum of squares of its gradient is sum_squares * 4^exponent. */
+typedef struct { double sum_squares; int exponent; size_t n_nonfinite; } fs_norm;
 
 /* Settings shared by the arrays of one parameter group. Set these before each step. */
 typedef struct {
@@ -112,6 +113,9 @@ typedef struct {
     size_t *first_block;
     double *block_sums;
     double *array_sums;
+    /* By array, apart from the arrays themselves: what one thread writes in every step, others need not fetch again. */
+    fs_norm *norms;
+    double *clip_factors;
     double step;                   /* number of steps applied */
 } fs_plan;
 

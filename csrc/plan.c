@@ -15,7 +15,10 @@ fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups)
     plan->first_element = calloc(n_arrays + 1, sizeof *plan->first_element);
     plan->first_block = calloc(n_arrays + 1, sizeof *plan->first_block);
     plan->array_sums = calloc(n_arrays + 1, sizeof *plan->array_sums);
-    if (!plan->arrays || !plan->groups || !plan->first_element || !plan->first_block || !plan->array_sums) {
+    plan->norms = calloc(n_arrays + 1, sizeof *plan->norms);
+    plan->clip_factors = calloc(n_arrays + 1, sizeof *plan->clip_factors);
+    if (!plan->arrays || !plan->groups || !plan->first_element || !plan->first_block || !plan->array_sums ||
+        !plan->norms || !plan->clip_factors) {
         fs_plan_free(plan);
         return NULL;
     }
@@ -46,5 +49,7 @@ void fs_plan_free(fs_plan *plan)
     free(plan->first_block);
     free(plan->block_sums);
     free(plan->array_sums);
+    free(plan->norms);
+    free(plan->clip_factors);
     free(plan);
 }

@@ -10,6 +10,8 @@ size_t fs_dtype_size(fs_dtype dtype)
     return sizes[dtype];
 }
 
+enum { CACHE_LINE = 64 };
+
 static size_t ratio_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 /* ---- Layout --------------------------------------------------------------------------------------------------------- */
@@ -54,6 +56,7 @@ static void arrange_grad(fs_array *array)
     if (n == 0)
         dims[n++] = (fs_dim){1, (ptrdiff_t)fs_dtype_size(array->operand[FS_GRAD].dtype)};
     array->n_grad_dims = n;
+    array->grad_is_transposed = n > 1 && llabs(dims[n - 1].stride) >= CACHE_LINE && llabs(dims[n - 2].stride) < CACHE_LINE;
 }
 
 static bool are_one(const fs_loop *outer, const fs_loop *inner)
@@ -89,15 +92,17 @@ static void arrange_loops(fs_array *array)
         } else {
             loops[++last] = loops[l];
         }
-    if (last == 0)
+    if (last == 0) {    /* one element, a run */
         loops[++last] = (fs_loop){.size = 1};
+        for (int o = 0; o < FS_N_OPERANDS; o++)
+            loops[last].stride[o] = (ptrdiff_t)fs_dtype_size(array->operand[o].dtype);
+    }
     array->n_loops = last + 1;
 }
 
 /* Whether an operand jumps from cache line to cache line along the last loop, and is dense along another: that one. */
 static bool find_transposed(const fs_array *array, int *loop)
 {
-    enum { CACHE_LINE = 64 };
     const int last = array->n_loops - 1;
     for (int o = FS_GRAD; o < FS_N_OPERANDS; o++)
         if (llabs(array->loops[last].stride[o]) >= CACHE_LINE)
@@ -126,7 +131,6 @@ static bool has_long_rows(const fs_array *array)
  * elements an operand has room for. */
 static size_t share_tile(fs_array *array, bool only_copied)
 {
-    const size_t item = fs_dtype_size(array->real);
     const ptrdiff_t *strides = array->loops[array->n_loops - 1].stride;
     bool copied[FS_N_OPERANDS];
     size_t n_copied = 0, place = 0;
@@ -134,9 +138,9 @@ static size_t share_tile(fs_array *array, bool only_copied)
         copied[o] = !only_copied || o == FS_GRAD || (array->operand[o].data && !is_run(array, o, strides[o]));
         n_copied += copied[o];
     }
-    const size_t room = only_copied ? sizeof(fs_tile) / item / n_copied : FS_BLOCK;
+    const size_t room = only_copied ? sizeof(fs_tile) / array->item / n_copied : FS_BLOCK;
     for (int o = 0; o < FS_N_OPERANDS; o++) {
-        array->copy_offset[o] = place * item;
+        array->copy_offset[o] = place * array->item;
         place += copied[o] ? room : 0;
     }
     return room;
@@ -166,6 +170,16 @@ static void arrange_tiles(fs_array *array)
     array->n_tiles = ratio_up(array->n_blocks, array->blocks_per_tile);
 }
 
+/* Whether the rows of all tiles are runs where they lie. */
+static bool rows_are_runs(const fs_array *array, int o)
+{
+    const fs_loop *across = &array->loops[array->across], *last = &array->loops[array->n_loops - 1];
+    if (array->blocks_per_tile > 1 || !is_run(array, o, last->stride[o]))
+        return false;
+    const bool blocks_are_runs = across->stride[o] == last->stride[o] * (ptrdiff_t)last->size;    /* of short, whole rows */
+    return has_long_rows(array) || across->chunk == 1 || blocks_are_runs;
+}
+
 void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool aligned, const ptrdiff_t *strides)
 {
     fs_operand *changed = &array->operand[operand];
@@ -174,14 +188,19 @@ void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool
     changed->aligned = aligned;
     if (array->n_dims > 0)
         memcpy(changed->strides, strides, (size_t)array->n_dims * sizeof *strides);
-    if (operand == FS_PARAM)
+    if (operand == FS_PARAM) {
         array->real = dtype == FS_FLOAT64 ? FS_FLOAT64 : FS_FLOAT32;
+        array->item = fs_dtype_size(array->real);
+    }
     if (array->size == 0)
         return;
     if (operand == FS_GRAD)
         arrange_grad(array);
     arrange_loops(array);
     arrange_tiles(array);
+    array->n_runs = 0;
+    while (array->n_loops == 2 && array->n_runs < FS_N_OPERANDS && rows_are_runs(array, array->n_runs))
+        array->n_runs++;
 }
 
 /* ---- The gradient in C order ---------------------------------------------------------------------------------------- */
@@ -215,7 +234,7 @@ void fs_load_in_c_order(const fs_kernels *k, const fs_array *array, size_t start
             n_rows = min_size(count / n_columns, dims[last - 1].size - row);
         k->load[grad->dtype](n_rows, n_columns, run, data, last > 0 ? dims[last - 1].stride : 0, inner->stride);
         const size_t n = n_rows * n_columns;
-        run = (char *)run + n * fs_dtype_size(array->real);
+        run = (char *)run + n * array->item;
         start += n;
         count -= n;
     }
@@ -246,24 +265,6 @@ static fs_block find_block(const fs_array *array, int o, size_t block)
     return found;
 }
 
-/* Whether the rows of all tiles are runs where they lie. */
-static bool rows_are_runs(const fs_array *array, int o)
-{
-    const fs_loop *across = &array->loops[array->across], *last = &array->loops[array->n_loops - 1];
-    if (array->blocks_per_tile > 1 || !is_run(array, o, last->stride[o]))
-        return false;
-    const bool blocks_are_runs = across->stride[o] == last->stride[o] * (ptrdiff_t)last->size;    /* of short, whole rows */
-    return has_long_rows(array) || across->chunk == 1 || blocks_are_runs;
-}
-
-bool fs_are_runs(const fs_array *array, int n_operands)
-{
-    for (int o = 0; o < n_operands; o++)
-        if (array->n_loops > 2 || !rows_are_runs(array, o))
-            return false;
-    return true;
-}
-
 size_t fs_first_tile(const fs_array *array, size_t start)
 {
     const size_t unit = ratio_up(start, FS_BLOCK), n_units = ratio_up(array->size, FS_BLOCK);
@@ -285,7 +286,6 @@ fs_shape fs_tile_shape(const fs_array *array, size_t tile)
 fs_rows fs_bring(const fs_kernels *k, const fs_array *array, int o, size_t tile, void *run)
 {
     const ptrdiff_t across = array->loops[array->across].stride[o], along = array->loops[array->n_loops - 1].stride[o];
-    const size_t item = fs_dtype_size(array->real);
     char *place = run;
     fs_block b = {0};
     FOR_BLOCKS(array, tile, block) {
@@ -293,9 +293,9 @@ fs_rows fs_bring(const fs_kernels *k, const fs_array *array, int o, size_t tile,
         if (rows_are_runs(array, o))
             return (fs_rows){b.data, across};
         k->load[array->operand[o].dtype](b.n_outer, b.n_inner, place, b.data, across, along);
-        place += b.n_outer * b.n_inner * item;
+        place += b.n_outer * b.n_inner * array->item;
     }
-    return (fs_rows){run, (ptrdiff_t)(b.n_inner * item)};
+    return (fs_rows){run, (ptrdiff_t)(b.n_inner * array->item)};
 }
 
 void fs_take_back(const fs_kernels *k, const fs_array *array, int o, size_t tile, const void *run)
@@ -307,6 +307,6 @@ void fs_take_back(const fs_kernels *k, const fs_array *array, int o, size_t tile
     FOR_BLOCKS(array, tile, block) {
         const fs_block b = find_block(array, o, block);
         k->store[array->operand[o].dtype](b.n_outer, b.n_inner, place, b.data, across, along);
-        place += b.n_outer * b.n_inner * fs_dtype_size(array->real);
+        place += b.n_outer * b.n_inner * array->item;
     }
 }

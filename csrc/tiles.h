@@ -13,9 +13,6 @@ void fs_load_in_c_order(const fs_kernels *k, const fs_array *array, size_t start
 /* The gradient as one run in C order, where it lies; NULL if it is none. */
 const void *fs_grad_in_c_order(const fs_array *array);
 
-/* Whether the first n_operands are all whole runs, to be used where they lie. */
-bool fs_are_runs(const fs_array *array, int n_operands);
-
 /* The first tile of the share of an array that starts with this element, a multiple of FS_BLOCK or its size. */
 size_t fs_first_tile(const fs_array *array, size_t start);
 

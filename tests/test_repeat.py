@@ -178,8 +178,7 @@ def test_changes_are_noticed(change, form, binds, rng):
         reports = [opt.step(given), opt.step(given)]
         options = change(opt, own_grads)
         reports += [opt.step(given, **options), opt.step(given), opt.step(given, **options)]
-        states = [array for state in opt.state.values() for array in state.values()]
-        found.append((reports, [*leaves(own), *leaves(own_grads), *states]))
+        found.append((reports, [*leaves(own), *leaves(own_grads), *leaves_of_state(opt)]))
     (compiled_reports, compiled), (reference_reports, reference) = found
     assert compiled_reports == reference_reports
     assert_same_bits(compiled, reference)
@@ -213,12 +212,12 @@ def read_only_grad(opt, params, grads):
 
 def resized_param(opt, params, grads):
     params[1].resize(2000, refcheck=False)
-    return r"params\['1'\]: expected it and its state to stay where they were, got memory elsewhere", {}
+    return r"params\['1'\]: expected the memory and shape it had, got others", {}
 
 
-def reshaped_state(opt, params, grads):
-    opt.state["1"]["exp_avg_sq"].shape = (10, 100)
-    return r"params\['1'\]: expected it and its state to stay where they were, got memory elsewhere", {}
+def reshaped_param(opt, params, grads):
+    params[1].shape = (10, 100)
+    return r"params\['1'\]: expected the memory and shape it had, got others", {}
 
 
 def wrong_shape(opt, params, grads):
@@ -271,7 +270,7 @@ def wrong_policy(opt, params, grads):
 
 
 WRONG = [
-    read_only_param, read_only_grad, resized_param, reshaped_state, wrong_shape, resized_grad, wrong_dtype, too_few,
+    read_only_param, read_only_grad, resized_param, reshaped_param, wrong_shape, resized_grad, wrong_dtype, too_few,
     gradient_is_a_parameter, gradient_is_state, nan_in_the_last, wrong_scale, wrong_lr, wrong_policy,
 ]  # fmt: skip
 
@@ -313,3 +312,32 @@ def test_interleaved_arrays():
     np.testing.assert_array_equal(matrix, np.tile(np.float32([-0.5, 1, -0.5, 1]), (100, 1)))
     with pytest.raises(ValueError, match=r"^params\['1'\] and grads\['0'\]: expected separate arrays"):
         opt.step([matrix[:, 2], matrix[:, 3]])
+
+
+@pytest.mark.parametrize("form", ["one", "list", "dict", "nested", "groups"])
+def test_new_gradients_every_step(form, rng):
+    """Elsewhere, of another type, of another layout."""
+    params = make_arrays(rng, form)
+    steps = [as_gradients(make_arrays(rng, form)) for _ in range(6)]
+    found = []
+    for backend in ("c", "reference"):
+        own = copied(params)
+        opt = fs.SGD(own, lr=0.1, momentum=0.9, backend=backend)
+        norms = [opt.step(converted(grads, i)).grad_norm for i, grads in enumerate(steps)]
+        found.append([*leaves(own), *leaves_of_state(opt), np.array(norms)])
+    assert_same_bits(*found)
+
+
+def converted(tree, i):
+    """A tree of gradients in another form for each step."""
+    if isinstance(tree, dict):
+        return {key: converted(value, i) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [converted(value, i) for value in tree]
+    if i % 3 == 1:
+        return tree.astype(np.float64)
+    return np.repeat(tree, 2)[::2] if i % 3 == 2 else tree
+
+
+def leaves_of_state(opt):
+    return [array for state in opt.state.values() for array in state.values()]

@@ -4,14 +4,18 @@
 
 enum { STEPS = 10 };
 
-static void steps_of(const char *rule, int storage, size_t n_arrays, size_t size, bool is_busy)
+typedef enum { PLAIN, CHECKED, BUSY } how;    /* checked: for what is not finite */
+
+static void steps_of(const char *rule, int storage, size_t n_arrays, size_t size, how how)
 {
     size_t sizes[1000];
     for (size_t i = 0; i < n_arrays; i++)
         sizes[i] = size;
     fs_plan *plan = make_plan(storage, n_arrays, sizes);
     const int found = find_rule(rule);
-    const fs_options options = is_busy ? busy(plan, found) : plain(plan, found);
+    fs_options options = how == BUSY ? busy(plan, found) : plain(plan, found);
+    if (how == CHECKED)
+        options.nonfinite = FS_NONFINITE_STOP;
     for (int i = 0; i < STEPS; i++)
         take_step(plan, options);
     free_plan(plan);
@@ -33,18 +37,20 @@ static void steps_transposed(const char *rule, ptrdiff_t n_rows, ptrdiff_t n_col
     free_plan(flat);
 }
 
-static void one_array(void) { steps_of("adam", FS_FLOAT32, 1, 100000, false); }
-static void one_small_array(void) { steps_of("adam", FS_FLOAT32, 1, 1000, false); }
-static void many_small_arrays(void) { steps_of("adam", FS_FLOAT32, 1000, 100, false); }
-static void every_stage(void) { steps_of("adam", FS_FLOAT32, 1, 100000, true); }
-static void in_double(void) { steps_of("adam", FS_FLOAT64, 1, 100000, false); }
-static void half_precision(void) { steps_of("adam", FS_BFLOAT16, 1, 100000, false); }
+static void one_array(void) { steps_of("adam", FS_FLOAT32, 1, 100000, PLAIN); }
+static void one_small_array(void) { steps_of("adam", FS_FLOAT32, 1, 1000, PLAIN); }
+static void many_small_arrays(void) { steps_of("adam", FS_FLOAT32, 1000, 100, PLAIN); }
+static void many_checked_arrays(void) { steps_of("adam", FS_FLOAT32, 1000, 100, CHECKED); }
+static void one_checked_array(void) { steps_of("adam", FS_FLOAT32, 1, 100000, CHECKED); }
+static void every_stage(void) { steps_of("adam", FS_FLOAT32, 1, 100000, BUSY); }
+static void in_double(void) { steps_of("adam", FS_FLOAT64, 1, 100000, PLAIN); }
+static void half_precision(void) { steps_of("adam", FS_BFLOAT16, 1, 100000, PLAIN); }
 static void transposed(void) { steps_transposed("adam", 300, 333); }
 
 static void every_rule(void)
 {
     FOR_RULES(rule)
-        steps_of(fs_rule_name(rule), FS_FLOAT32, 1, 10000, false);
+        steps_of(fs_rule_name(rule), FS_FLOAT32, 1, 10000, PLAIN);
 }
 
 /* One is run, at a CPU level: workloads NAME LEVEL. Without arguments, lists the names. */
@@ -52,7 +58,8 @@ int main(int argc, char **argv)
 {
 #define WORKLOAD(name) {#name, name}
     static const struct { const char *name; void (*run)(void); } workloads[] = {
-        WORKLOAD(one_array),   WORKLOAD(one_small_array), WORKLOAD(many_small_arrays), WORKLOAD(every_stage), WORKLOAD(in_double),
+        WORKLOAD(one_array),   WORKLOAD(one_small_array), WORKLOAD(many_small_arrays),
+        WORKLOAD(many_checked_arrays), WORKLOAD(one_checked_array), WORKLOAD(every_stage), WORKLOAD(in_double),
         WORKLOAD(half_precision), WORKLOAD(transposed), WORKLOAD(every_rule),
     };
     for (size_t w = 0; w < LENGTH(workloads); w++) {

@@ -17,6 +17,10 @@ def limit_num_threads(n_threads: int) -> None: ...
 def insist_on_threads(insist: bool) -> None: ...
 def get_num_threads() -> int: ...
 
+class Lock:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: Any) -> None: ...
+
 class Plan:
     steps: int
     grads: list[NDArray[Any]] | None
@@ -45,14 +49,5 @@ class Plan:
     def clip(self) -> None: ...
     def remember(self, groups: list[dict[str, Any]], clip_norm: Any, nonfinite: Any, num_threads: Any) -> None: ...
     def repeat(
-        self,
-        spec: Any,
-        grads: Any,
-        grad_scale: Any,
-        zero_grads: bool,
-        groups: list[dict[str, Any]],
-        clip_norm: Any,
-        nonfinite: Any,
-        num_threads: Any,
-        report_type: type,
+        self, lock: Lock, settings: dict[str, Any], grads: Any, grad_scale: Any, zero_grads: bool, report_type: type
     ) -> Any: ...

@@ -3,11 +3,13 @@
 Callers have checked everything (`fusedstep._arrays`); what is refused here would be a bug there.
 """
 
-import itertools
-
 from cpython.dict cimport PyDict_Next
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject, PyTypeObject
+from cpython.pythread cimport (
+    PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_release_lock, PyThread_type_lock,
+)
 from libc.math cimport INFINITY
 from libc.stddef cimport ptrdiff_t, size_t
 cimport numpy as cnp
@@ -16,15 +18,33 @@ cnp.import_array()
 
 
 cdef extern from "Python.h":
+    # Borrowed references.
+    PyObject *PyList_GET_ITEM(PyObject *, Py_ssize_t) noexcept
+    PyObject *PyTuple_GET_ITEM(PyObject *, Py_ssize_t) noexcept
     ctypedef object (*newfunc)(type, tuple, PyObject *)
     cdef struct _typeobject "PyTypeObject":
         newfunc tp_new
     _typeobject PyTuple_Type
 
 
+cdef extern from "pythread.h" nogil:
+    enum: PY_LOCK_ACQUIRED
+    int PyThread_acquire_lock_timed(PyThread_type_lock, long long microseconds, int may_be_interrupted)
+
+
 cdef extern from "numpy/arrayobject.h" nogil:
-    bint PyArray_ISALIGNED(cnp.ndarray)
-    bint PyArray_ISNOTSWAPPED(cnp.ndarray)
+    ctypedef struct PyArrayObject:
+        pass
+    # By pointer, for loops over many arrays in which counting references would cost more than the rest.
+    void *PyArray_DATA(PyArrayObject *)
+    int PyArray_NDIM(PyArrayObject *)
+    const ptrdiff_t *PyArray_DIMS(PyArrayObject *)
+    const ptrdiff_t *PyArray_STRIDES(PyArrayObject *)
+    int PyArray_TYPE(PyArrayObject *)
+    bint PyArray_ISALIGNED(PyArrayObject *)
+    bint PyArray_ISNOTSWAPPED(PyArrayObject *)
+    bint PyArray_ISWRITEABLE(PyArrayObject *)
+    bint PyArray_CheckExact(PyObject *)
 
 
 cdef extern from "fusedstep.h" nogil:
@@ -70,6 +90,7 @@ cdef extern from "fusedstep.h" nogil:
         FS_PARAM
         FS_GRAD
         FS_STATE
+        FS_N_OPERANDS
 
     ctypedef struct fs_operand:
         char *data
@@ -80,6 +101,8 @@ cdef extern from "fusedstep.h" nogil:
         int group, n_dims
         ptrdiff_t *shape
         fs_operand *operand
+
+    ctypedef struct fs_norm:
         size_t n_nonfinite
 
     ctypedef struct fs_group:
@@ -92,6 +115,7 @@ cdef extern from "fusedstep.h" nogil:
         size_t n_arrays, n_groups, n_elements
         fs_array *arrays
         fs_group *groups
+        fs_norm *norms
         double step
 
     ctypedef struct fs_options:
@@ -107,6 +131,7 @@ cdef extern from "fusedstep.h" nogil:
     fs_status fs_plan_finish(fs_plan *plan)
     void fs_plan_free(fs_plan *plan)
     fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape)
+    size_t fs_dtype_size(fs_dtype dtype)
     void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bint aligned, const ptrdiff_t *strides)
     void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report)
     void fs_update(fs_plan *plan, const fs_options *options)
@@ -209,10 +234,9 @@ def get_num_threads():
 cdef int bfloat16_type = -1
 
 
-cdef int dtype_code(cnp.ndarray array):
-    """The fs_dtype of an array; -1 if there is none."""
-    global bfloat16_type
-    cdef int kind = cnp.PyArray_TYPE(array)
+cdef inline int known_dtype(PyArrayObject *array) noexcept:
+    """The fs_dtype of an array; -1 if there is none, or if it is bfloat16 for the first time."""
+    cdef int kind = PyArray_TYPE(array)
     if not PyArray_ISNOTSWAPPED(array):
         return -1
     if kind == cnp.NPY_FLOAT32:
@@ -221,56 +245,59 @@ cdef int dtype_code(cnp.ndarray array):
         return FS_FLOAT64
     if kind == cnp.NPY_FLOAT16:
         return FS_FLOAT16
-    if kind != bfloat16_type and array.dtype.name == "bfloat16":
-        bfloat16_type = kind
     return FS_BFLOAT16 if kind == bfloat16_type else -1
 
 
+cdef int dtype_code(cnp.ndarray array) except -2:
+    """The fs_dtype of an array; -1 if there is none."""
+    global bfloat16_type
+    if bfloat16_type < 0 and array.dtype.name == "bfloat16":
+        bfloat16_type = PyArray_TYPE(<PyArrayObject *>array)
+    return known_dtype(<PyArrayObject *>array)
+
+
 cdef int set_operand(fs_array *place, int operand, cnp.ndarray array) except -1:
+    cdef PyArrayObject *pointer = <PyArrayObject *>array
     cdef int dtype = dtype_code(array)
     if dtype < 0:
         raise TypeError(f"no kernel for dtype {array.dtype}")
-    fs_array_set(place, operand, cnp.PyArray_DATA(array), <fs_dtype>dtype, PyArray_ISALIGNED(array),
-                 <const ptrdiff_t *>cnp.PyArray_STRIDES(array))
+    fs_array_set(place, operand, PyArray_DATA(pointer), <fs_dtype>dtype, PyArray_ISALIGNED(pointer), PyArray_STRIDES(pointer))
     return 0
 
 
-cdef bint has_shape(const fs_array *place, cnp.ndarray array):
+cdef bint has_shape(const fs_array *place, PyArrayObject *array) noexcept:
     cdef int d
-    if cnp.PyArray_NDIM(array) != place.n_dims:
+    if PyArray_NDIM(array) != place.n_dims:
         return False
     for d in range(place.n_dims):
-        if cnp.PyArray_DIM(array, d) != place.shape[d]:
+        if PyArray_DIMS(array)[d] != place.shape[d]:
             return False
     return True
 
 
-cdef bint is_gradient(const fs_array *place, cnp.ndarray array):
-    """Whether an array has the parameter's shape and a supported type."""
-    return dtype_code(array) >= 0 and has_shape(place, array)
-
-
-cdef bint lies_at(const fs_array *place, int operand, cnp.ndarray array):
-    """Whether an array of this shape is what the plan has for an operand."""
+cdef bint lies_at(const fs_array *place, int operand, PyArrayObject *array) noexcept:
+    """Whether an array is just what the plan has for an operand."""
     cdef const fs_operand *known = &place.operand[operand]
+    cdef const ptrdiff_t *dims = PyArray_DIMS(array)
+    cdef const ptrdiff_t *strides = PyArray_STRIDES(array)
     cdef int d
-    if cnp.PyArray_DATA(array) != known.data or dtype_code(array) != <int>known.dtype:
+    if PyArray_DATA(array) != known.data or PyArray_NDIM(array) != place.n_dims:
         return False
     for d in range(place.n_dims):
-        if cnp.PyArray_STRIDE(array, d) != known.strides[d]:
+        if dims[d] != place.shape[d] or strides[d] != known.strides[d]:
             return False
-    return True
+    return known_dtype(array) == <int>known.dtype
 
 
-cdef void find_span(cnp.ndarray array, size_t *first, size_t *end):
+cdef void find_span(PyArrayObject *array, size_t itemsize, size_t *first, size_t *end) noexcept:
     """The addresses from an array's first byte to behind its last."""
     cdef ptrdiff_t extent
     cdef int d
-    first[0] = <size_t>cnp.PyArray_DATA(array)
-    end[0] = first[0] + <size_t>cnp.PyArray_ITEMSIZE(array)
-    for d in range(cnp.PyArray_NDIM(array)):
-        extent = cnp.PyArray_STRIDE(array, d) * (cnp.PyArray_DIM(array, d) - 1)
-        if cnp.PyArray_DIM(array, d) == 0:
+    first[0] = <size_t>PyArray_DATA(array)
+    end[0] = first[0] + itemsize
+    for d in range(PyArray_NDIM(array)):
+        extent = PyArray_STRIDES(array)[d] * (PyArray_DIMS(array)[d] - 1)
+        if PyArray_DIMS(array)[d] == 0:
             end[0] = first[0]
             return
         if extent < 0:
@@ -282,22 +309,53 @@ cdef void find_span(cnp.ndarray array, size_t *first, size_t *end):
 cdef bint gather(object spec, object tree, list leaves) except -1:
     """Append the leaves of a tree to a list. False if it is not built of dictionaries and lists just like the spec."""
     cdef Py_ssize_t i
-    cdef object item
     if spec is None:
         leaves.append(tree)
     elif type(spec) is dict:
         if type(tree) is not dict or len(<dict>tree) != len(<dict>spec):
             return False
         for key, part in (<dict>spec).items():
-            if key not in <dict>tree or not gather(part, (<dict>tree)[key], leaves):
+            if key not in <dict>tree:
+                return False
+            if part is None:
+                leaves.append((<dict>tree)[key])
+            elif not gather(part, (<dict>tree)[key], leaves):
                 return False
     elif type(tree) is not list or len(<list>tree) != len(<list>spec):
         return False
     else:
         for i, part in enumerate(<list>spec):
-            if not gather(part, (<list>tree)[i], leaves):
+            if part is None:
+                leaves.append((<list>tree)[i])
+            elif not gather(part, (<list>tree)[i], leaves):
                 return False
     return True
+
+
+cdef class Lock:
+    """`threading.Lock` for ``with`` blocks, and for `Plan.repeat`, which has no time to call methods."""
+
+    cdef PyThread_type_lock lock
+
+    def __cinit__(self):
+        self.lock = PyThread_allocate_lock()
+        if self.lock == NULL:
+            check(FS_OUT_OF_MEMORY)
+
+    def __dealloc__(self):
+        if self.lock != NULL:
+            PyThread_free_lock(self.lock)
+
+    def __enter__(self):
+        cdef bint acquired = PyThread_acquire_lock(self.lock, 0)
+        while not acquired:
+            with nogil:
+                acquired = PyThread_acquire_lock_timed(self.lock, -1, 1) == PY_LOCK_ACQUIRED
+            if not acquired:    # a signal came
+                PyErr_CheckSignals()
+
+    def __exit__(self, *error):
+        PyThread_release_lock(self.lock)
 
 
 # Below so many elements a step is over sooner than the GIL is released and taken again.
@@ -322,13 +380,15 @@ cdef class Plan:
     cdef fs_options options
     cdef list params, states, places
     cdef readonly list grads    # None before any are bound
+    cdef PyArrayObject **written    # parameters and states by array and operand, NULL where none; owned by the lists
     cdef size_t n_spans         # address ranges of what a step writes, apart and in order: first address, end, ...
     cdef size_t *spans
-    cdef list seen              # what `repeat` expects: each group's dictionary, with its keys and values
+    cdef list seen              # what `repeat` expects: each group's dictionary, and its keys and values in turn
     cdef tuple seen_options     # clip_norm, nonfinite, num_threads
 
     def __cinit__(self, list params, list states, list groups, list rules):
         cdef fs_array *array
+        cdef PyArrayObject *param
         cdef size_t i, s
         self.params = params
         self.states = states
@@ -344,20 +404,30 @@ cdef class Plan:
                 check(FS_UNKNOWN_RULE)
             self.plan.groups[i].rule = RULES[rule]
             self.places.append(_hyper_places(RULES[rule]))
+        self.written = <PyArrayObject **>PyMem_Calloc(len(params) * FS_N_OPERANDS + 1, sizeof(PyArrayObject *))
+        if self.written == NULL:
+            check(FS_OUT_OF_MEMORY)
         for i in range(len(params)):
             array = &self.plan.arrays[i]
             array.group = groups[i]
-            check(fs_array_init(array, cnp.PyArray_NDIM(params[i]), <const ptrdiff_t *>cnp.PyArray_DIMS(params[i])))
-            set_operand(array, FS_PARAM, params[i])
+            param = <PyArrayObject *><cnp.ndarray>params[i]
+            check(fs_array_init(array, PyArray_NDIM(param), PyArray_DIMS(param)))
+            self.set_written(i, FS_PARAM, params[i])
             if rules[groups[i]] is not None and len(states[i]) != fs_rule_states(self.plan.groups[array.group].rule):
                 raise ValueError(f"rule {rules[groups[i]]} has another number of states than {len(states[i])}")
             for s in range(len(states[i])):
-                set_operand(array, FS_STATE + <int>s, states[i][s])
+                self.set_written(i, FS_STATE + <int>s, states[i][s])
         check(fs_plan_finish(self.plan))
 
     def __dealloc__(self):
         fs_plan_free(self.plan)
         PyMem_Free(self.spans)
+        PyMem_Free(self.written)
+
+    cdef int set_written(self, size_t i, int operand, cnp.ndarray array) except -1:
+        set_operand(&self.plan.arrays[i], operand, array)
+        self.written[i * FS_N_OPERANDS + operand] = <PyArrayObject *>array
+        return 0
 
     # ---- Gradients ----
 
@@ -367,33 +437,43 @@ cdef class Plan:
         Returns the index of the first that is no supported array of its parameter's shape, or -1; and whether any may share
         memory with what a step writes. Those that lie where the bound ones do have been checked.
         """
-        cdef bint near = False
-        cdef Py_ssize_t bad = self.find_bad(grads, &near)
+        cdef bint moved = False, near = False
+        cdef Py_ssize_t bad = self.find_bad(grads, &moved, &near)
         return bad, near
 
-    cdef Py_ssize_t find_bad(self, list grads, bint *near) except -2:
+    cdef Py_ssize_t find_bad(self, list grads, bint *moved, bint *near) except -2:
+        cdef fs_array *place
+        cdef PyArrayObject *grad
         cdef size_t i
         for i in range(self.plan.n_arrays):
-            if not cnp.PyArray_CheckExact(grads[i]) or not is_gradient(&self.plan.arrays[i], grads[i]):
+            place = &self.plan.arrays[i]
+            grad = <PyArrayObject *>PyList_GET_ITEM(<PyObject *>grads, i)
+            if not PyArray_CheckExact(<PyObject *>grad):
                 return <Py_ssize_t>i
-            if not near[0] and not lies_at(&self.plan.arrays[i], FS_GRAD, grads[i]):
-                near[0] = self.is_near(grads[i])
+            if lies_at(place, FS_GRAD, grad):
+                continue
+            if dtype_code(<cnp.ndarray>grads[i]) < 0 or not has_shape(place, grad):
+                return <Py_ssize_t>i
+            moved[0] = True
+            near[0] = near[0] or self.is_near(grad, fs_dtype_size(<fs_dtype>known_dtype(grad)))
         return -1
 
     cpdef bind(self, list grads):
         """Take these gradients for the next steps."""
+        cdef fs_array *place
         cdef size_t i
         for i in range(self.plan.n_arrays):
-            if not lies_at(&self.plan.arrays[i], FS_GRAD, grads[i]):
-                set_operand(&self.plan.arrays[i], FS_GRAD, grads[i])
+            place = &self.plan.arrays[i]
+            if not lies_at(place, FS_GRAD, <PyArrayObject *>PyList_GET_ITEM(<PyObject *>grads, i)):
+                set_operand(place, FS_GRAD, grads[i])
         self.grads = grads
 
-    cdef bint is_near(self, cnp.ndarray grad) except -1:
+    cdef bint is_near(self, PyArrayObject *grad, size_t itemsize) except -1:
         """Whether the range of addresses of an array meets that of one to be written."""
         cdef size_t first, end, low = 0, high, middle
         if self.spans == NULL:
             self.find_spans()
-        find_span(grad, &first, &end)
+        find_span(grad, itemsize, &first, &end)
         high = self.n_spans
         while low < high:    # for the first span that ends behind the beginning
             middle = (low + high) // 2
@@ -404,12 +484,13 @@ cdef class Plan:
         return low < self.n_spans and self.spans[2 * low] < end
 
     cdef int find_spans(self) except -1:
-        cdef size_t first, end
+        cdef size_t i, first, end
         cdef list found = []
-        for array in [*self.params, *itertools.chain(*self.states)]:
-            find_span(array, &first, &end)
-            if first < end:
-                found.append((first, end))
+        for i in range(self.plan.n_arrays * FS_N_OPERANDS):
+            if self.written[i] != NULL:
+                find_span(self.written[i], fs_dtype_size(<fs_dtype>known_dtype(self.written[i])), &first, &end)
+                if first < end:
+                    found.append((first, end))
         self.spans = <size_t *>PyMem_Malloc((2 * len(found) + 1) * sizeof(size_t))
         if self.spans == NULL:
             check(FS_OUT_OF_MEMORY)
@@ -428,28 +509,17 @@ cdef class Plan:
         """The index of the first parameter that cannot be written; -1 if there is none."""
         cdef size_t i
         for i in range(self.plan.n_arrays):
-            if not cnp.PyArray_ISWRITEABLE(self.params[i]):
+            if not PyArray_ISWRITEABLE(self.written[i * FS_N_OPERANDS]):
                 return <Py_ssize_t>i
         return -1
 
     def first_moved(self):
-        """The index of the first parameter that, or whose state, no longer lies where it did; -1 if there is none."""
+        """The index of the first parameter that no longer lies where it did; -1 if there is none."""
         cdef size_t i
         for i in range(self.plan.n_arrays):
-            if self.has_moved(i):
+            if not lies_at(&self.plan.arrays[i], FS_PARAM, self.written[i * FS_N_OPERANDS]):
                 return <Py_ssize_t>i
         return -1
-
-    cdef bint has_moved(self, size_t i):
-        cdef const fs_array *place = &self.plan.arrays[i]
-        cdef int o = FS_STATE
-        if not has_shape(place, self.params[i]) or not lies_at(place, FS_PARAM, self.params[i]):
-            return True
-        for state in <tuple>self.states[i]:
-            if not has_shape(place, state) or not lies_at(place, o, state):
-                return True
-            o += 1
-        return False
 
     def set_group(self, size_t index, dict values):
         """Set the hyper-parameters of a group, from their public names."""
@@ -495,8 +565,8 @@ cdef class Plan:
         bad = []
         if report.has_norm:
             for i in range(self.plan.n_arrays):
-                if self.plan.arrays[i].n_nonfinite > 0:
-                    bad.append((i, self.plan.arrays[i].n_nonfinite))
+                if self.plan.norms[i].n_nonfinite > 0:
+                    bad.append((i, self.plan.norms[i].n_nonfinite))
         return bool(report.applied), report.grad_norm if report.has_norm else None, report.clip_factor, bad
 
     # What follows uses gradients that were measured. Nothing here can fail or be interrupted: no allocation, no Python.
@@ -520,43 +590,55 @@ cdef class Plan:
     def remember(self, list groups, clip_norm, nonfinite, num_threads):
         """Take what is in these dictionaries, and the options, as what this plan was told last."""
         self.seen_options = (clip_norm, nonfinite, num_threads)
-        self.seen = [(group, tuple(group), tuple(group.values())) for group in groups]
+        self.seen = [(group, tuple([part for item in group.items() for part in item])) for group in groups]
 
-    def repeat(self, spec, grads, grad_scale, bint zero_grads, list groups, clip_norm, nonfinite, num_threads,
-               report_type):
+    def repeat(self, Lock lock, dict settings, grads, grad_scale, bint zero_grads, report_type):
         """Take a step if all is as at the last one but what the gradients hold and where they lie.
 
-        Returns its report; None if there is more to look at, or anything wrong: nothing has changed then.
+        Returns its report; None if there is more to look at, anything wrong, or the lock held: nothing has changed then.
 
         Parameters
         ----------
-        spec, grads : object
-            Trees of the same form, with None for arrays in `spec`; or None for the bound gradients.
-        groups : list of dict
-        clip_norm, nonfinite, num_threads : object
-            As given to `remember`.
+        settings : dict
+            The optimizer's attributes, of which these are used: param_groups, clip_norm, nonfinite and num_threads, to be
+            what `remember` was given; _spec, a tree as that of the gradients, with None for arrays.
+        grads : object
+            None for the bound gradients.
         report_type : type
             A named tuple.
         """
+        if self.seen is None or not PyThread_acquire_lock(lock.lock, 0):
+            return None
+        try:
+            return self.repeat_locked(settings, grads, grad_scale, zero_grads, report_type)
+        finally:
+            PyThread_release_lock(lock.lock)
+
+    cdef repeat_locked(self, dict settings, grads, grad_scale, bint zero_grads, report_type):
         cdef fs_report report
+        cdef PyArrayObject *param
         cdef size_t i
         cdef list leaves
-        cdef bint near = False
-        if not self.has_seen(groups, clip_norm, nonfinite, num_threads):
+        cdef bint moved = False, near = False
+        if not self.has_seen(settings):
             return None
         if type(grad_scale) is not float or <double>grad_scale != self.options.grad_scale:
             return None
-        if grads is None:
-            leaves = self.grads
-        else:
-            leaves = []
-            if not gather(spec, grads, leaves):
-                return None
-        if leaves is None or self.find_bad(leaves, &near) >= 0 or near:
+        leaves = self.grads
+        if leaves is None:
             return None
-        self.bind(leaves)
+        if grads is not None and not (len(leaves) == 1 and leaves[0] is grads):
+            leaves = []
+            if not gather(settings["_spec"], grads, leaves):
+                return None
+        if self.find_bad(leaves, &moved, &near) >= 0 or near:
+            return None
+        if moved:
+            self.bind(leaves)
+        self.grads = leaves
         for i in range(self.plan.n_arrays):
-            if not cnp.PyArray_ISWRITEABLE(self.params[i]) or self.has_moved(i):
+            param = self.written[i * FS_N_OPERANDS]
+            if not PyArray_ISWRITEABLE(param) or not lies_at(&self.plan.arrays[i], FS_PARAM, param):
                 return None
             if zero_grads and not cnp.PyArray_ISWRITEABLE(self.grads[i]):
                 return None
@@ -566,10 +648,8 @@ cdef class Plan:
         else:
             with nogil:
                 fs_measure(self.plan, &self.options, &report)
-        if not report.applied:
-            return None
         for i in range(self.plan.n_arrays):
-            if self.plan.arrays[i].n_nonfinite > 0:
+            if self.plan.norms[i].n_nonfinite > 0:
                 return None
         result = PyTuple_Type.tp_new(report_type, ((
             <long long>self.plan.step + 1, True, report.grad_norm if report.has_norm else None, report.clip_factor, {},
@@ -582,24 +662,27 @@ cdef class Plan:
             self.update(True, zero_grads)
         return result
 
-    cdef bint has_seen(self, list groups, clip_norm, nonfinite, num_threads):
+    cdef bint has_seen(self, dict settings) except -1:
         cdef Py_ssize_t place, i, j
         cdef PyObject *key
         cdef PyObject *value
-        if self.seen is None or len(groups) != len(self.seen):
+        cdef PyObject *seen
+        groups = settings["param_groups"]
+        if type(groups) is not list or len(<list>groups) != len(self.seen):
             return False
-        if (clip_norm is not self.seen_options[0] or nonfinite is not self.seen_options[1] or
-                num_threads is not self.seen_options[2]):
+        if (settings["clip_norm"] is not self.seen_options[0] or settings["nonfinite"] is not self.seen_options[1] or
+                settings["num_threads"] is not self.seen_options[2]):
             return False
-        for i in range(len(groups)):
-            group, keys, values = <tuple>self.seen[i]
-            if groups[i] is not group or len(<dict>group) != len(<tuple>keys):
+        for i in range(len(self.seen)):
+            group, items = <tuple>self.seen[i]
+            if (<list>groups)[i] is not group or 2 * len(<dict>group) != len(<tuple>items):
                 return False
+            seen = <PyObject *>items
             place = j = 0
             while PyDict_Next(group, &place, &key, &value):
-                if key != <PyObject *>(<tuple>keys)[j] or value != <PyObject *>(<tuple>values)[j]:
+                if key != PyTuple_GET_ITEM(seen, j) or value != PyTuple_GET_ITEM(seen, j + 1):
                     return False
-                j += 1
+                j += 2
         return True
 
 

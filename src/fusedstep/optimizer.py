@@ -165,7 +165,7 @@ class Optimizer:
         _hyper.resolve("clip_norm", self.clip_norm, 0, "clip_norm")
 
         self.state: Mapping[str, Mapping[str, Array]] = {name: {} for name in self._names}
-        self._lock = threading.Lock()
+        self._lock: Any = _backends.core.Lock() if _backends.core is not None else threading.Lock()
         self._resolved: dict[int, tuple[list[Any], dict[str, Any]]] = {}  # hyper-parameters as given, and checked
         self._in_plan: list[dict[str, Any]] = []  # those the plan has
         self._kernels: list[Kernel] = []
@@ -299,12 +299,11 @@ class Optimizer:
         TypeError, ValueError
             If a gradient or hyper-parameter is not what it should be. Nothing has changed then.
         """
-        with self._lock:
-            report: StepReport | None = self._plan.repeat(
-                self._spec, grads, grad_scale, zero_grads,
-                self.param_groups, self.clip_norm, self.nonfinite, self.num_threads, StepReport,
-            )  # fmt: skip
-            return report or self._step(grads, grad_scale, zero_grads)
+        report: StepReport | None = self._plan.repeat(self._lock, self.__dict__, grads, grad_scale, zero_grads, StepReport)
+        if report is None:
+            with self._lock:
+                report = self._step(grads, grad_scale, zero_grads)
+        return report
 
     def _step(self, grads: Any, grad_scale: float, zero_grads: bool) -> StepReport:
         """A step with all there may be to look at."""
@@ -365,8 +364,7 @@ class Optimizer:
     def _check_writeable(self, grads_too: bool) -> None:
         moved = self._plan.first_moved()
         if moved >= 0:
-            name = self._names[moved]
-            raise ValueError(f"params[{name!r}]: expected it and its state to stay where they were, got memory elsewhere")
+            raise ValueError(f"params[{self._names[moved]!r}]: expected the memory and shape it had, got others")
         read_only = self._plan.first_read_only()
         if read_only >= 0:
             raise ValueError(f"params[{self._names[read_only]!r}]: expected a writeable array, got a read-only one")
