@@ -134,7 +134,7 @@ def main(backend):
             assert opt.step(grads).applied  # it goes on
             n += 1
         print(f"{name}: {n_errors} errors in {n_allocations} allocations")
-        assert n_errors > 3
+        assert n_errors > 0
 
 
 @functools.cache
