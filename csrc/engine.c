@@ -93,8 +93,7 @@ static const void *load_gradient(const fs_pass *pass, const fs_array *array, siz
 {
     const fs_kernels *k = pass->kernels[array->real];
     fs_load_in_c_order(k, array, start, count, tile);
-    k->unscale(count, tile, pass->options->grad_scale, zero);
-    return tile;
+    return k->unscale(count, tile, tile, pass->options->grad_scale, zero);
 }
 
 /* So many elements are loaded at a time: a block, but of a transposed gradient as many as fit, for its cache lines to be used
@@ -314,17 +313,17 @@ void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report)
 static fs_stages stages_of(const fs_group *group, double clip_factor)
 {
     return (fs_stages){
-        .negate = group->maximize,
-        .factor = clip_factor,
+        .factor = group->maximize ? -clip_factor : clip_factor,
         .clip_value = group->clip_value,
         .weight_decay = group->decoupled_weight_decay ? 0.0 : group->weight_decay,
         .l1 = group->l1,
     };
 }
 
+/* Whether anything is to be done but to multiply by the factor. */
 static bool has_stages(const fs_stages *s)
 {
-    return s->negate || s->factor != 1.0 || s->clip_value < INFINITY || s->weight_decay != 0.0 || s->l1 != 0.0;
+    return s->clip_value < INFINITY || s->weight_decay != 0.0 || s->l1 != 0.0;
 }
 
 static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
@@ -332,18 +331,30 @@ static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end,
     const fs_array *array = &pass->plan->arrays[i];
     const fs_group *group = &pass->plan->groups[array->group];
     const fs_kernels *k = pass->kernels[array->real];
+    const double grad_scale = pass->options->grad_scale;
     const fs_stages stages = stages_of(group, pass->plan->clip_factors[i]);
     const bool zero = pass->options->nonfinite == FS_NONFINITE_ZERO && pass->plan->norms[i].n_nonfinite > 0;
-    const bool stage_grad = pass->options->grad_scale != 1.0 || zero || has_stages(&stages);
+    const bool stage_grad = grad_scale != 1.0 || zero || has_stages(&stages);
+    const double factor = stage_grad ? 1.0 : stages.factor;    /* a multiplication that costs the rule nothing */
     const int n_operands = FS_STATE + fs_rule_states(group->rule);
     fs_rows rows[FS_N_OPERANDS];
     char *copy[FS_N_OPERANDS];
     void *at[FS_N_OPERANDS];
 
-    if (!stage_grad && n_operands <= array->n_runs) {
-        for (int o = 0; o < n_operands; o++)
-            at[o] = array->operand[o].data + start * array->item;
-        k->rule[group->rule](end - start, at[FS_PARAM], at[FS_GRAD], &at[FS_STATE], group->decay, group->coefs);
+    if (n_operands <= array->n_runs) {
+        /* In one go, or where the gradient is changed on its way, in pieces that stay in the cache. */
+        const size_t step = stage_grad ? FS_BLOCK : end - start;
+        for (; start < end; start += step) {
+            const size_t count = min_size(end - start, step);
+            const void *grad = array->operand[FS_GRAD].data + start * array->item;
+            for (int o = 0; o < n_operands; o++)
+                at[o] = array->operand[o].data + start * array->item;
+            if (stage_grad) {
+                grad = k->unscale(count, grad, tile, grad_scale, zero);
+                grad = k->apply_stages(count, grad, tile, at[FS_PARAM], &stages);
+            }
+            k->rule[group->rule](count, at[FS_PARAM], grad, &at[FS_STATE], factor, group->decay, group->coefs);
+        }
         return;
     }
     for (int o = 0; o < n_operands; o++)
@@ -356,13 +367,14 @@ static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end,
         for (size_t r = 0; r < shape.n_rows; r++) {
             for (int o = 0; o < n_operands; o++)
                 at[o] = rows[o].first + (ptrdiff_t)r * rows[o].stride;
+            /* What was copied may be changed where it is; the caller's own gradient may not. */
+            void *to = rows[FS_GRAD].first == copy[FS_GRAD] ? at[FS_GRAD] : copy[FS_GRAD];
+            const void *grad = at[FS_GRAD];
             if (stage_grad) {
-                if (rows[FS_GRAD].first != copy[FS_GRAD])    /* the caller's own */
-                    at[FS_GRAD] = memcpy(copy[FS_GRAD], at[FS_GRAD], shape.n_columns * array->item);
-                k->unscale(shape.n_columns, at[FS_GRAD], pass->options->grad_scale, zero);
-                k->apply_stages(shape.n_columns, at[FS_GRAD], at[FS_PARAM], &stages);
+                grad = k->unscale(shape.n_columns, grad, to, grad_scale, zero);
+                grad = k->apply_stages(shape.n_columns, grad, to, at[FS_PARAM], &stages);
             }
-            k->rule[group->rule](shape.n_columns, at[FS_PARAM], at[FS_GRAD], &at[FS_STATE], group->decay, group->coefs);
+            k->rule[group->rule](shape.n_columns, at[FS_PARAM], grad, &at[FS_STATE], factor, group->decay, group->coefs);
         }
         for (int o = 0; o < n_operands; o++)
             if (o != FS_GRAD)
@@ -392,14 +404,16 @@ static void clip_work(const fs_pass *pass, size_t i, size_t start, size_t end, f
     const fs_group *group = &pass->plan->groups[array->group];
     const fs_stages stages = {.factor = pass->plan->clip_factors[i], .clip_value = group->clip_value};
     char *copy = (char *)tile + array->copy_offset[FS_GRAD];
-    if (!has_stages(&stages))
+    if (stages.factor == 1.0 && !has_stages(&stages))
         return;
     const size_t end_tile = fs_first_tile(array, end);
     for (size_t t = fs_first_tile(array, start); t < end_tile; t++) {
         const fs_shape shape = fs_tile_shape(array, t);
         const fs_rows grad = fs_bring(k, array, FS_GRAD, t, copy);
-        for (size_t r = 0; r < shape.n_rows; r++)
-            k->apply_stages(shape.n_columns, grad.first + (ptrdiff_t)r * grad.stride, NULL, &stages);
+        for (size_t r = 0; r < shape.n_rows; r++) {
+            char *row = grad.first + (ptrdiff_t)r * grad.stride;
+            k->apply_stages(shape.n_columns, row, row, NULL, &stages);
+        }
         fs_take_back(k, array, FS_GRAD, t, copy);
     }
 }

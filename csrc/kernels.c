@@ -123,16 +123,16 @@ INLINE uint16_t float32_to_float16(float x)
 
 /* The loop around a rule, by its number of states. */
 #define LOOP(name, family, n_states)                                                                             \
-    TARGET static void FN(name)(size_t n, void *param_, const void *grad_, void *const *state, double decay_,    \
-                                const void *coefs_)                                                              \
+    TARGET static void FN(name)(size_t n, void *param_, const void *grad_, void *const *state, double factor_,   \
+                                double decay_, const void *coefs_)                                               \
     {                                                                                                            \
         const family##_coefs coefs = *(const family##_coefs *)coefs_;                                            \
-        const real decay = (real)decay_;                                                                         \
+        const real factor = (real)factor_, decay = (real)decay_;                                                 \
         real *restrict param = param_;                                                                           \
         const real *restrict grad = grad_;                                                                       \
         LOOP_POINTERS_##n_states                                                                                 \
         for (size_t i = 0; i < n; i++) {                                                                         \
-            real p = param[i] * decay;                                                                           \
+            real p = param[i] * decay, g = grad[i] * factor;                                                     \
             LOOP_BODY_##n_states(FN(name##_element))                                                             \
             param[i] = p;                                                                                        \
         }                                                                                                        \
@@ -143,22 +143,41 @@ INLINE uint16_t float32_to_float16(float x)
 #define LOOP_POINTERS_2 LOOP_POINTERS_1 real *restrict state1 = state[1];
 #define LOOP_POINTERS_3 LOOP_POINTERS_2 real *restrict state2 = state[2];
 
-#define LOOP_BODY_0(element) element(&p, grad[i], &coefs);
+#define LOOP_BODY_0(element) element(&p, g, &coefs);
 #define LOOP_BODY_1(element)                                                                                     \
     real a = state0[i];                                                                                          \
-    element(&p, grad[i], &a, &coefs);                                                                            \
+    element(&p, g, &a, &coefs);                                                                                  \
     state0[i] = a;
 #define LOOP_BODY_2(element)                                                                                     \
     real a = state0[i], b = state1[i];                                                                           \
-    element(&p, grad[i], &a, &b, &coefs);                                                                        \
+    element(&p, g, &a, &b, &coefs);                                                                              \
     state0[i] = a;                                                                                               \
     state1[i] = b;
 #define LOOP_BODY_3(element)                                                                                     \
     real a = state0[i], b = state1[i], d = state2[i];                                                            \
-    element(&p, grad[i], &a, &b, &d, &coefs);                                                                    \
+    element(&p, g, &a, &b, &d, &coefs);                                                                          \
     state0[i] = a;                                                                                               \
     state1[i] = b;                                                                                               \
     state2[i] = d;
+
+/* ---- Stages ------------------------------------------------------------------------------------------------------- */
+
+/* An expression in x for all elements x of a gradient, from one place to another or in place; then it is there. */
+#define MAP(expression)                                                                                          \
+    {                                                                                                            \
+        ELEMENTS_ARE_INDEPENDENT                                                                                 \
+        for (size_t i = 0; i < n; i++) {                                                                         \
+            const real x = from[i];                                                                              \
+            to[i] = expression;                                                                                  \
+        }                                                                                                        \
+        from = to;                                                                                               \
+    }
+
+#ifdef __clang__
+#define ELEMENTS_ARE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define ELEMENTS_ARE_INDEPENDENT _Pragma("GCC ivdep")
+#endif
 
 /* ---- The tables --------------------------------------------------------------------------------------------------- */
 

@@ -13,8 +13,7 @@ enum {
 
 /* What is done to a run of gradients between loading it and handing it to the rule. */
 typedef struct {
-    bool negate;
-    double factor;         /* 1 for none */
+    double factor;         /* 1 for none; a norm's clipping, negative to go up the gradient */
     double clip_value;     /* infinity for none */
     double weight_decay;   /* coupled; 0 for none */
     double l1;             /* 0 for none */
@@ -22,15 +21,16 @@ typedef struct {
 
 /* `real` below is the table's compute type. Runs are contiguous and do not overlap. */
 typedef struct {
-    /* Update a run in place: param is first multiplied by decay, then the rule is applied. */
-    void (*rule[FS_N_RULES])(size_t n, void *param, const void *grad, void *const *state, double decay,
+    /* Update a run in place: grad is multiplied by factor and param by decay, then the rule is applied. */
+    void (*rule[FS_N_RULES])(size_t n, void *param, const void *grad, void *const *state, double factor, double decay,
                              const void *coefs);
     /* Between storage and run, over two dimensions: `outer` and `inner` strides in bytes. */
     void (*load[4])(size_t n_outer, size_t n_inner, void *real, const char *data, ptrdiff_t outer, ptrdiff_t inner);
     void (*store[4])(size_t n_outer, size_t n_inner, const void *real, char *data, ptrdiff_t outer, ptrdiff_t inner);
-    /* The two halves of gradient preparation: what the norm sees, and what only the rule sees. */
-    void (*unscale)(size_t n, void *grad, double grad_scale, bool zero_nonfinite);
-    void (*apply_stages)(size_t n, void *grad, const void *param, const fs_stages *stages);
+    /* The two halves of gradient preparation: what the norm sees, and what only the rule sees. Each returns where the result
+     * is: `to`, which may be the gradient itself, or the gradient if there was nothing to do. */
+    const void *(*unscale)(size_t n, const void *grad, void *to, double grad_scale, bool zero_nonfinite);
+    const void *(*apply_stages)(size_t n, const void *grad, void *to, const void *param, const fs_stages *stages);
     /* Sums of (scale x)^2 over consecutive blocks of FS_BLOCK. */
     void (*sum_squares)(size_t n, const void *grad, double scale, double *block_sums);
     /* Adds to what is there. */

@@ -115,7 +115,6 @@ EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("engine.c", "int own = 0;", "1", "frexp sets it, where it counts"),
     ("engine.c", "if (pass->options->clip_norm < INFINITY)", "<=", "a factor of 1, for a norm that is finite"),
     ("engine.c", "plan->clip_factors[i] < report->clip_factor", "<=", EQUAL),
-    ("engine.c", "return s->negate", "<= INFINITY", SHORT_WAY),
     ("engine.c", "const bool zero =", ">= 0", SHORT_WAY),
     ("engine.c", "const bool zero =", "|| pass->plan->norms", "no other policy updates with elements that are not finite but propagate, which counts none"),
     ("engine.c", "const bool stage_grad =", "!= 0.0", SHORT_WAY),
