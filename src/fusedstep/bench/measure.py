@@ -16,7 +16,7 @@ from .peers import OURS, ROOFLINE, Peer, Way, threads
 from .works import Work
 
 MIN_ROUNDS = 7
-SECONDS_PER_TIMING = 2e-3
+SECONDS_PER_TIMING = 4e-3
 STEPS_COMPARED = 3
 
 
@@ -57,11 +57,12 @@ def make_ways(work: Work, peers: list[Peer]) -> tuple[dict[str, Callable[[], obj
     ways: dict[str, Callable[[], object]] = {}
     refused: dict[str, str] = {}
     wanted: list[Any] = []
+    params, grads = work.params(), work.grads()
     for peer in peers:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                way = peer.make(work, work.params(), work.grads())
+                way = peer.make(work, [p.copy() for p in params], [g.copy() for g in grads])
                 found = run(way) if way else []
         except Exception as error:  # whatever a peer may not like about this machine
             if peer is OURS:
@@ -100,13 +101,14 @@ def timed(step: Callable[[], object], repeats: int) -> float:
 
 
 def take_turns(ways: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Every way is run once untimed in its turn: until the threads of the one before, which may be another runtime's, no
-    longer spin, and its own are awake."""
-    repeats = {name: max(1, round(SECONDS_PER_TIMING / max(timed(step, 2), 1e-7))) for name, step in ways.items()}
+    """What takes milliseconds at most is first run untimed in its turn: until the threads of the one before, which may be
+    another runtime's, no longer spin, and its own are awake."""
+    repeats = {name: max(1, round(SECONDS_PER_TIMING / max(timed(step, 1), 1e-7))) for name, step in ways.items()}
     found: dict[str, list[float]] = {name: [] for name in ways}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(found[OURS.name]) < MIN_ROUNDS:
         for name, step in ways.items():
-            timed(step, repeats[name])
+            if repeats[name] > 1:
+                timed(step, repeats[name])
             found[name].append(timed(step, repeats[name]))
     return found

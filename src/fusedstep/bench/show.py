@@ -63,7 +63,7 @@ def save(results: list[Result], path: Path) -> None:
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """Time per element against size, and ratios of the last of these sizes and of everything else."""
+    """Time per element against size, and ratios: of the first work's rule and type."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,10 +74,11 @@ def plot(results: list[Result], path: Path) -> None:
     alike = results[0].work
     series = [r for r in results if len(r.work.shapes) == 1 and r.work._replace(size=alike.size) == alike]
     series.sort(key=lambda result: result.work.n_elements)
-    others = [result for result in results if any(result.ratio(name) for name in peers)]
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(15, max(5, 0.16 * sum(len(r.seconds) for r in others))), layout="constrained"
-    )
+    others = [
+        r for r in results if r.work._replace(size=alike.size, clip_norm=alike.clip_norm) == alike and len(r.seconds) > 2
+    ]
+    height = max(5.0, 0.08 * sum(len(r.seconds) + 1 for r in others))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, height), layout="constrained")
     for name, colour in colours.items():
         points = [(r.work.n_elements, 1e9 * r.median(name) / r.work.n_elements) for r in series if name in r.seconds]
         if points:
