@@ -181,6 +181,7 @@ EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("tiles.c:fs_are_runs", "return true;", None, SHORT_WAY),
     ("tiles.c:fs_first_tile", "return array->n_tiles / n_units", "* n_units", CUTS),
     ("tiles.c:find_transposed", "", None, ORDER),
+    ("tiles.c:arrange_grad", "array->grad_is_transposed =", None, ORDER),
     ("tiles.c:has_long_rows", "", None, ORDER),
     ("tiles.c", "loop.stride[o] = array->operand[o].data ?", ": 1", MERGING),
     ("tiles.c", "for (; place > 1 && llabs", None, ORDER),

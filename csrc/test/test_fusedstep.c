@@ -569,6 +569,13 @@ static double measure_norm(fs_plan *plan, fs_options options)
     return report.grad_norm;
 }
 
+/* The root of a^2 + b^2, neither negative; more than a double holds stays that. (Under valgrind, hypotl overflows.) */
+static wide wide_hypot(wide a, wide b)
+{
+    const wide large = fmaxl(a, b), ratio = fminl(a, b) / large;
+    return large == 0 || large > DBL_MAX ? large : large * sqrtl(1 + ratio * ratio);
+}
+
 /* An array's norm, in units of so much. */
 static wide wide_norm_of(fs_plan *plan, size_t i, double unit)
 {
@@ -591,7 +598,7 @@ static wide wide_norm(fs_plan *plan, double unit)
 {
     wide norm = 0;
     for (size_t i = 0; i < plan->n_arrays; i++)
-        norm = hypotl(norm, wide_norm_of(plan, i, unit));
+        norm = wide_hypot(norm, wide_norm_of(plan, i, unit));
     return norm;
 }
 
@@ -916,7 +923,7 @@ static wide clipped_norm(const wide *norms, wide per_array, wide global, wide sm
     wide clipped[2], both;
     for (int i = 0; i < 2; i++)
         clipped[i] = norms[i] * fminl(1, per_array / (norms[i] + small));
-    both = hypotl(clipped[0], clipped[1]);
+    both = wide_hypot(clipped[0], clipped[1]);
     return both * fminl(1, global / (both + small));
 }
 
