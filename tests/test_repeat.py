@@ -303,6 +303,17 @@ def test_bound_gradients_that_were_resized():
         opt.step()
 
 
+def test_the_form_still_matters():
+    """The bound array itself, where a list of it is wanted."""
+    grad = np.ones(3)
+    opt = fs.SGD([np.ones(3)])
+    opt.step([grad])
+    for wrong in (grad, (grad, grad), {"0": grad}):
+        with pytest.raises((TypeError, ValueError), match="^grads: expected "):
+            opt.step(wrong)
+    assert opt.step([grad]).step == 2
+
+
 def test_interleaved_arrays():
     """Gradients between the parameters of one matrix: their ranges of addresses meet, they do not."""
     matrix = np.ones((100, 4), np.float32)

@@ -627,9 +627,10 @@ cdef class Plan:
         leaves = self.grads
         if leaves is None:
             return None
-        if grads is not None and not (len(leaves) == 1 and leaves[0] is grads):
+        spec = settings["_spec"]
+        if grads is not None and not (spec is None and leaves[0] is grads):
             leaves = []
-            if not gather(settings["_spec"], grads, leaves):
+            if not gather(spec, grads, leaves):
                 return None
         if self.find_bad(leaves, &moved, &near) >= 0 or near:
             return None
