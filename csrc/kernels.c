@@ -59,23 +59,37 @@ INLINE uint16_t float32_to_float16(float x)
 }
 
 /* Storage to run and back: n_outer rows of n_inner elements, strides in bytes. memcpy, because data may be unaligned.
- * Contiguous rows vectorise; a transposed block is walked along its columns, which are contiguous then, and those of the
- * next block are fetched meanwhile: they lie too far apart for the CPU to guess. */
+ * Contiguous rows vectorise. A transposed block is walked along its columns, which are contiguous then, and turned in small
+ * squares; columns are fetched AHEAD of time: they lie too far apart for the CPU to guess. */
+enum { SIDE = 16, AHEAD = 32 };
+
 #define CONVERSIONS(dtype, stored, to_real, from_real)                                                           \
+    TARGET static void FN(load_square_##dtype)(size_t n_rows, size_t n_columns, real *to, size_t to_row,         \
+                                               const char *from, ptrdiff_t from_column)                          \
+    {                                                                                                            \
+        real square[SIDE][SIDE];                                                                                 \
+        for (size_t c = 0; c < n_columns; c++) {                                                                 \
+            const char *column = from + (ptrdiff_t)c * from_column;                                              \
+            __builtin_prefetch(column + AHEAD * from_column);                                                    \
+            for (size_t r = 0; r < n_rows; r++) {                                                                \
+                stored x;                                                                                        \
+                memcpy(&x, column + r * sizeof x, sizeof x);                                                     \
+                square[c][r] = (real)to_real(x);                                                                 \
+            }                                                                                                    \
+        }                                                                                                        \
+        for (size_t r = 0; r < n_rows; r++)                                                                      \
+            for (size_t c = 0; c < n_columns; c++)                                                               \
+                to[r * to_row + c] = square[c][r];                                                               \
+    }                                                                                                            \
     TARGET static void FN(load_##dtype)(size_t n_outer, size_t n_inner, void *run, const char *data,             \
                                         ptrdiff_t outer, ptrdiff_t inner)                                        \
     {                                                                                                            \
         if (outer == sizeof(stored) && inner != sizeof(stored)) {                                                \
-            for (size_t i = 0; i < n_inner; i++) {                                                               \
-                real *restrict to = (real *)run + i;                                                             \
-                const char *restrict from = data + (ptrdiff_t)i * inner;                                         \
-                __builtin_prefetch(from + (ptrdiff_t)n_inner * inner);                                           \
-                for (size_t o = 0; o < n_outer; o++) {                                                           \
-                    stored x;                                                                                    \
-                    memcpy(&x, from + o * sizeof x, sizeof x);                                                   \
-                    to[o * n_inner] = (real)to_real(x);                                                          \
-                }                                                                                                \
-            }                                                                                                    \
+            for (size_t o = 0; o < n_outer; o += SIDE)                                                           \
+                for (size_t i = 0; i < n_inner; i += SIDE)                                                       \
+                    FN(load_square_##dtype)(min_size(SIDE, n_outer - o), min_size(SIDE, n_inner - i),            \
+                                            (real *)run + o * n_inner + i, n_inner,                              \
+                                            data + (ptrdiff_t)o * outer + (ptrdiff_t)i * inner, inner);          \
             return;                                                                                              \
         }                                                                                                        \
         for (size_t o = 0; o < n_outer; o++) {                                                                   \

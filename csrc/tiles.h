@@ -4,8 +4,8 @@
 
 #include "kernels.h"
 
-/* Memory for a tile: one run of every operand. */
-typedef struct { _Alignas(64) double run[FS_N_OPERANDS][FS_BLOCK]; } fs_tile;
+/* Memory for a tile: a run of every operand, or longer ones of those that have to be copied. */
+typedef struct { _Alignas(64) double run[FS_N_OPERANDS][2 * FS_BLOCK]; } fs_tile;
 
 /* Elements [start, start + count) of the gradient in C order, copied to a run. */
 void fs_load_in_c_order(const fs_kernels *k, const fs_array *array, size_t start, size_t count, void *run);
