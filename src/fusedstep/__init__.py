@@ -13,6 +13,7 @@ The rules are the classes SGD, Adagrad, Adadelta, RMSprop, Adam and AdamW; :clas
 
 from . import kernels, reference, rules
 from ._threads import get_num_threads, set_num_threads, threads
+from ._version import __version__
 from .checkpoint import Checkpoint, load, save
 from .clipping import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
 from .config import show_config
@@ -25,6 +26,7 @@ __all__ = [
     "NonFiniteGradientError",
     "Optimizer",
     "StepReport",
+    "__version__",
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_value",

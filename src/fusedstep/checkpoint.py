@@ -6,9 +6,7 @@ and ``sha256``, over the content and all arrays. Its tensors are ``params/NAME``
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 
 from . import _arrays
 from ._arrays import Change, assign
+from ._version import __version__
 from .optimizer import Optimizer
 
 Array = NDArray[Any]
@@ -89,7 +88,7 @@ def save(path: str | os.PathLike[str], opt: Optimizer, params: Any = None, extra
         tensors |= {f"state/{n}/{key}": a for n, own in state_dict.pop("state").items() for key, a in own.items()}
         tensors = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
         content = {
-            "fusedstep": importlib.metadata.version("fusedstep"),
+            "fusedstep": __version__,
             "numpy": np.__version__,
             "params": [name for name, _ in arrays],
             "state_dict": state_dict,
@@ -225,6 +224,8 @@ def safetensors() -> Any:
 
 def digest(text: str, tensors: dict[str, Array]) -> str:
     """SHA-256 of everything in the file that counts."""
+    import hashlib  # here, because it loads OpenSSL, a quarter of what importing fusedstep would take
+
     sha256 = hashlib.sha256(text.encode())
     for name, array in sorted(tensors.items()):
         sha256.update(f"\0{name}\0{array.dtype.name}\0{array.shape}\0".encode())

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from . import _backends
 from ._threads import cgroup_cpus, get_num_threads
+from ._version import __version__
 
 
 def config() -> dict[str, Any]:
     """Versions, build and machine, as ``fusedstep info`` shows them."""
     core = _backends.core
     facts: dict[str, Any] = {
-        "fusedstep": version("fusedstep"),
+        "fusedstep": __version__,
         "python": sys.version.split()[0],
         "numpy": np.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
