@@ -2,6 +2,7 @@
 #include "tiles.h"
 
 #include <math.h>
+#include <stdint.h>
 #include <string.h>
 
 #ifdef _OPENMP
@@ -326,6 +327,13 @@ static bool has_stages(const fs_stages *s)
     return s->clip_value < INFINITY || s->weight_decay != 0.0 || s->l1 != 0.0;
 }
 
+/* How many elements of the parameter lie before its next cache line: vectors that cross lines cost twice. */
+static size_t before_cache_line(const fs_array *array, size_t start)
+{
+    const uintptr_t address = (uintptr_t)(array->operand[FS_PARAM].data + start * array->item);
+    return -address % CACHE_LINE / array->item;
+}
+
 static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
 {
     const fs_array *array = &pass->plan->arrays[i];
@@ -342,10 +350,11 @@ static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end,
     void *at[FS_N_OPERANDS];
 
     if (n_operands <= array->n_runs) {
-        /* In one go, or where the gradient is changed on its way, in pieces that stay in the cache. */
+        /* In one go from the first cache line on, or where the gradient is changed on its way, in pieces that stay there. */
         const size_t step = stage_grad ? FS_BLOCK : end - start;
-        for (; start < end; start += step) {
-            const size_t count = min_size(end - start, step);
+        size_t count = end - start < FS_BLOCK / 4 ? 0 : before_cache_line(array, start);
+        for (; start < end; start += count, count = 0) {
+            count = min_size(end - start, count == 0 ? step : count);
             const void *grad = array->operand[FS_GRAD].data + start * array->item;
             for (int o = 0; o < n_operands; o++)
                 at[o] = array->operand[o].data + start * array->item;

@@ -10,8 +10,6 @@ size_t fs_dtype_size(fs_dtype dtype)
     return sizes[dtype];
 }
 
-enum { CACHE_LINE = 64 };
-
 static size_t ratio_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 /* ---- Layout --------------------------------------------------------------------------------------------------------- */

@@ -4,6 +4,8 @@
 
 #include "kernels.h"
 
+enum { CACHE_LINE = 64 };
+
 /* Memory for a tile: a run of every operand, or longer ones of those that have to be copied. */
 typedef struct { _Alignas(64) double run[FS_N_OPERANDS][2 * FS_BLOCK]; } fs_tile;
 

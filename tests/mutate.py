@@ -118,6 +118,8 @@ EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("engine.c", "const bool zero =", ">= 0", SHORT_WAY),
     ("engine.c", "const bool zero =", "|| pass->plan->norms", "no other policy updates with elements that are not finite but propagate, which counts none"),
     ("engine.c", "const bool stage_grad =", "!= 0.0", SHORT_WAY),
+    ("engine.c:before_cache_line", "", None, ORDER),
+    ("engine.c:update_work", "before_cache_line(array, start)", None, ORDER),
     ("engine.c:clear_work", "t < end_tile", "<=", "cleared twice"),
     ("engine.c", "own_share = 0", None, TIME),
     ("engine.c", "int team = 1", None, TIME),

@@ -506,3 +506,31 @@ def test_overlap_that_is_too_hard_to_decide(monkeypatch):
         ValueError, match=r"^params\['0'\] and params\['1'\]: expected separate arrays, got arrays that share memory$"
     ):
         fs.SGD([p, q])
+
+
+def test_state_is_one_block_laid_out_like_the_parameters():
+    room = np.zeros(1000, np.float32)
+    params = {
+        "a": room[3:103],
+        "b": room[200:320].reshape(10, 12).T,
+        "half": np.zeros((5, 7), np.float16),
+        "odd": np.frombuffer(bytearray(41), np.float64, 5, offset=1),
+        "empty": np.zeros((0, 3)),
+        "scalar": np.zeros(()),
+        "backwards": room[900:600:-2],
+    }
+    opt = fs.Adam(params)
+    arrays = [(params[name], state) for name, own in opt.state.items() for state in own.values()]
+    assert len(arrays) == 14
+    assert len({id(state.base) for _, state in arrays}) == 1
+    for param, state in arrays:
+        wanted = np.zeros_like(param, state.dtype)
+        assert state.shape == wanted.shape
+        assert not state.any()
+        assert state.strides == wanted.strides or not state.size
+        low = min(
+            param.ctypes.data, param.ctypes.data + sum(s * (n - 1) for s, n in zip(param.strides, param.shape) if s < 0)
+        )
+        place = low % 64 // state.itemsize * state.itemsize
+        assert not state.size or state.ctypes.data % 64 == place
+    assert not any(np.shares_memory(a, b) for i, (_, a) in enumerate(arrays) for _, b in arrays[:i])

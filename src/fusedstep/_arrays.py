@@ -20,6 +20,8 @@ DTYPES = "float32, float64, float16 or bfloat16"
 # whose address ranges intersect count as overlapping.
 MAX_OVERLAP_WORK = 100_000
 
+CACHE_LINE = 64
+
 
 def is_supported(dtype: np.dtype[Any]) -> bool:
     return dtype.type in (np.float32, np.float64, np.float16) or dtype.name == "bfloat16"
@@ -109,6 +111,30 @@ def byte_bounds(array: Array) -> tuple[int, int]:
         else:
             high += stride * (size - 1)
     return low, high + array.itemsize
+
+
+def zeros_together(models: Iterable[tuple[Array, np.dtype[Any]]]) -> list[Array]:
+    """Zeros of the shapes and memory layouts of some arrays, in one block of memory.
+
+    Each lies to its cache lines as its model does: loops over both then meet the lines' ends at the same elements.
+    """
+    models = list(models)
+    places, size = [], 0
+    for model, dtype in models:
+        place = size + byte_bounds(model)[0] % CACHE_LINE // dtype.itemsize * dtype.itemsize
+        places.append(place)
+        size = -(-(place + model.size * dtype.itemsize) // CACHE_LINE) * CACHE_LINE
+    block = np.zeros(size + CACHE_LINE, np.uint8)
+    block = block[-block.ctypes.data % CACHE_LINE :]
+    arrays = []
+    for (model, dtype), place in zip(models, places):
+        flat = block[place : place + model.size * dtype.itemsize].view(dtype)
+        strides = np.empty_like(model, dtype).strides
+        axes = sorted(range(model.ndim), key=lambda axis: -strides[axis])
+        arrays.append(
+            flat.reshape([model.shape[axis] for axis in axes]).transpose([axes.index(a) for a in range(model.ndim)])
+        )
+    return arrays
 
 
 def overlap(a: Array, b: Array) -> bool:

@@ -39,6 +39,15 @@ class StepReport(NamedTuple):
     """Names of the arrays whose gradients held inf or nan, with the number of such elements."""
 
 
+class NewState(NamedTuple):
+    """A state array to be made."""
+
+    name: str
+    key: str
+    param: Array
+    fill: float
+
+
 class Kernel(NamedTuple):
     """A compiled rule and the state arrays it works on, in its order."""
 
@@ -225,14 +234,16 @@ class Optimizer:
 
     def _completed(self, kernels: list[Kernel], values: list[dict[str, Any]]) -> dict[str, dict[str, Array]]:
         """The state arrays that the kernels need: those there, and new ones for the others."""
-        completed: dict[str, dict[str, Array]] = {}
-        for name, param, group in zip(self._names, self._params, self._group_of):
-            completed[name] = {}
-            for key in kernels[group].states:
-                array = self.state[name].get(key)
-                if array is None:
-                    array = self._new_state(f"{name}.{key}", param, self._initial_state(key, values[group]))
-                completed[name][key] = array
+        owners = list(zip(self._names, self._params, self._group_of))
+        missing = [
+            NewState(name, key, param, self._initial_state(key, values[group]))
+            for name, param, group in owners
+            for key in kernels[group].states
+            if key not in self.state[name]
+        ]
+        there = {(name, key): array for name, own in self.state.items() for key, array in own.items()}
+        there.update(zip([(new.name, new.key) for new in missing], self._new_states(missing)))
+        completed = {name: {key: there[name, key] for key in kernels[group].states} for name, _, group in owners}
         if self._allocate_state is not None:
             written = [*self._labelled("params", self._params), *state_labels(completed)]
             _arrays.check_overlaps(written)
@@ -240,15 +251,21 @@ class Optimizer:
                 _arrays.check_overlaps(written, self._labelled("grads", self._plan.grads))
         return completed
 
-    def _new_state(self, name: str, param: Array, fill: float) -> Array:
-        dtype = reference.compute_dtype(param.dtype)
-        if self._allocate_state is None:
-            return np.full_like(param, fill, dtype) if fill else np.zeros_like(param, dtype)
-        label = f"allocate_state({name!r})"
-        array = _arrays.as_writeable(self._allocate_state(name, param.shape, dtype), label)
-        _arrays.check_state(array, param, label)
-        array[...] = fill
-        return array
+    def _new_states(self, missing: list[NewState]) -> list[Array]:
+        allocate = self._allocate_state
+        dtypes = [reference.compute_dtype(new.param.dtype) for new in missing]
+        if allocate is None:
+            arrays = _arrays.zeros_together(zip([new.param for new in missing], dtypes))
+        else:
+            arrays = []
+            for new, dtype in zip(missing, dtypes):
+                label = f"allocate_state({f'{new.name}.{new.key}'!r})"
+                arrays.append(_arrays.as_writeable(allocate(f"{new.name}.{new.key}", new.param.shape, dtype), label))
+                _arrays.check_state(arrays[-1], new.param, label)
+        for array, new in zip(arrays, missing):
+            if allocate is not None or new.fill != 0:
+                array[...] = new.fill
+        return arrays
 
     def _make_plan(self, kernels: list[Kernel], state: dict[str, dict[str, Array]], steps: int) -> Any:
         states = [
