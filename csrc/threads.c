@@ -14,7 +14,7 @@
 #endif
 
 /* One thread for every so many elements: below twice this, waking a team costs more than it saves. */
-enum { ELEMENTS_PER_THREAD = 32 * FS_BLOCK };
+enum { ELEMENTS_PER_THREAD = 12 * FS_BLOCK };
 
 static atomic_int chosen = 0;     /* by the user; 0 for the default */
 static atomic_int limit = 0;      /* on the default; 0 for none */
