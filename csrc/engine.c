@@ -334,61 +334,114 @@ static size_t before_cache_line(const fs_array *array, size_t start)
     return -address % CACHE_LINE / array->item;
 }
 
-static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
+/* What is to be done to each run of an array. */
+typedef struct {
+    const fs_kernels *k;
+    const fs_group *group;
+    fs_stages stages;
+    double grad_scale, factor;    /* the factor is a multiplication that costs the rule nothing */
+    bool zero, stage_grad, bound, average, clear;
+} fs_work;
+
+static fs_work work_on(const fs_pass *pass, size_t i)
 {
     const fs_array *array = &pass->plan->arrays[i];
     const fs_group *group = &pass->plan->groups[array->group];
-    const fs_kernels *k = pass->kernels[array->real];
-    const double grad_scale = pass->options->grad_scale;
-    const fs_stages stages = stages_of(group, pass->plan->clip_factors[i]);
-    const bool zero = pass->options->nonfinite == FS_NONFINITE_ZERO && pass->plan->norms[i].n_nonfinite > 0;
-    const bool stage_grad = grad_scale != 1.0 || zero || has_stages(&stages);
-    const double factor = stage_grad ? 1.0 : stages.factor;    /* a multiplication that costs the rule nothing */
-    const int n_operands = FS_STATE + fs_rule_states(group->rule);
-    fs_rows rows[FS_N_OPERANDS];
-    char *copy[FS_N_OPERANDS];
-    void *at[FS_N_OPERANDS];
+    fs_work w = {.k = pass->kernels[array->real], .group = group, .grad_scale = pass->options->grad_scale};
+    w.stages = stages_of(group, pass->plan->clip_factors[i]);
+    w.zero = pass->options->nonfinite == FS_NONFINITE_ZERO && pass->plan->norms[i].n_nonfinite > 0;
+    w.stage_grad = w.grad_scale != 1.0 || w.zero || has_stages(&w.stages);
+    w.factor = w.stage_grad ? 1.0 : w.stages.factor;
+    w.bound = group->lower > -INFINITY || group->upper < INFINITY;
+    w.average = array->operand[FS_AVERAGE].data != NULL;
+    w.clear = pass->options->clear_grads;
+    return w;
+}
 
-    if (n_operands <= array->n_runs) {
-        /* In one go from the first cache line on, or where the gradient is changed on its way, in pieces that stay there. */
-        const size_t step = stage_grad ? FS_BLOCK : end - start;
-        size_t count = end - start < FS_BLOCK / 4 ? 0 : before_cache_line(array, start);
-        for (; start < end; start += count, count = 0) {
-            count = min_size(end - start, count == 0 ? step : count);
-            const void *grad = array->operand[FS_GRAD].data + start * array->item;
-            for (int o = 0; o < n_operands; o++)
-                at[o] = array->operand[o].data + start * array->item;
-            if (stage_grad) {
-                grad = k->unscale(count, grad, tile, grad_scale, zero);
-                grad = k->apply_stages(count, grad, tile, at[FS_PARAM], &stages);
-            }
-            k->rule[group->rule](count, at[FS_PARAM], grad, &at[FS_STATE], factor, group->decay, group->coefs);
-        }
+/* From the gradient to the new parameter. A gradient that is changed on its way goes to `room`. */
+static void update_row(const fs_work *w, size_t n, void *const *at, void *room)
+{
+    const void *grad = at[FS_GRAD];
+    if (w->stage_grad) {
+        grad = w->k->unscale(n, grad, room, w->grad_scale, w->zero);
+        grad = w->k->apply_stages(n, grad, room, at[FS_PARAM], &w->stages);
+    }
+    w->k->rule[w->group->rule](n, at[FS_PARAM], grad, &at[FS_STATE], w->factor, w->group->decay, w->group->coefs);
+    if (w->bound)
+        w->k->bound(n, at[FS_PARAM], w->group->lower, w->group->upper);
+}
+
+/* Arrays that are runs: in one go from the first cache line on, or if there is more to be done than the rule does, in pieces
+ * that stay in the cache meanwhile. */
+static void update_run(const fs_work *w, const fs_array *array, size_t start, size_t end, fs_tile *tile)
+{
+    const bool in_pieces = w->stage_grad || w->bound || w->average || w->clear;
+    size_t count = end - start < FS_BLOCK / 4 ? 0 : before_cache_line(array, start);
+    for (; start < end; start += count, count = 0) {
+        void *at[FS_N_OPERANDS];
+        count = min_size(end - start, count > 0 ? count : in_pieces ? FS_BLOCK : end - start);
+        for (int o = 0; o < FS_N_OPERANDS; o++)
+            at[o] = array->operand[o].data ? array->operand[o].data + start * array->item : NULL;
+        update_row(w, count, at, tile);
+        if (w->average)
+            w->k->average(count, at[FS_AVERAGE], at[FS_PARAM], w->group->average_weight);
+        if (w->clear)
+            memset(at[FS_GRAD], 0, count * array->item);
+    }
+}
+
+static void clear_tile(const fs_kernels *k, const fs_array *array, size_t t, void *copy)
+{
+    const fs_shape shape = fs_tile_shape(array, t);
+    const fs_rows grad = fs_bring(k, array, FS_GRAD, t, copy);
+    for (size_t r = 0; r < shape.n_rows; r++)
+        memset(grad.first + (ptrdiff_t)r * grad.stride, 0, shape.n_columns * array->item);
+    fs_take_back(k, array, FS_GRAD, t, copy);
+}
+
+static void update_tile(const fs_work *w, const fs_array *array, size_t t, char *const *copy)
+{
+    const fs_shape shape = fs_tile_shape(array, t);
+    fs_rows rows[FS_N_OPERANDS];
+    void *at[FS_N_OPERANDS];
+    for (int o = 0; o < FS_AVERAGE; o++)
+        if (array->operand[o].data)
+            rows[o] = fs_bring(w->k, array, o, t, copy[o]);
+    for (size_t r = 0; r < shape.n_rows; r++) {
+        for (int o = 0; o < FS_AVERAGE; o++)
+            at[o] = array->operand[o].data ? rows[o].first + (ptrdiff_t)r * rows[o].stride : NULL;
+        /* What was copied may be changed where it is; the caller's own gradient may not. */
+        update_row(w, shape.n_columns, at, rows[FS_GRAD].first == copy[FS_GRAD] ? at[FS_GRAD] : copy[FS_GRAD]);
+    }
+    for (int o = 0; o < FS_AVERAGE; o++)
+        if (array->operand[o].data && o != FS_GRAD)
+            fs_take_back(w->k, array, o, t, copy[o]);
+    if (w->average) {
+        const fs_rows param = fs_bring(w->k, array, FS_PARAM, t, copy[FS_PARAM]);    /* as it is stored, rounded */
+        const fs_rows average = fs_bring(w->k, array, FS_AVERAGE, t, copy[FS_AVERAGE]);
+        for (size_t r = 0; r < shape.n_rows; r++)
+            w->k->average(shape.n_columns, average.first + (ptrdiff_t)r * average.stride,
+                          param.first + (ptrdiff_t)r * param.stride, w->group->average_weight);
+        fs_take_back(w->k, array, FS_AVERAGE, t, copy[FS_AVERAGE]);
+    }
+    if (w->clear)
+        clear_tile(w->k, array, t, copy[FS_GRAD]);
+}
+
+static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
+{
+    const fs_array *array = &pass->plan->arrays[i];
+    const fs_work w = work_on(pass, i);
+    if (array->is_run) {
+        update_run(&w, array, start, end, tile);
         return;
     }
-    for (int o = 0; o < n_operands; o++)
+    char *copy[FS_N_OPERANDS];
+    for (int o = 0; o < FS_N_OPERANDS; o++)
         copy[o] = (char *)tile + array->copy_offset[o];
     const size_t end_tile = fs_first_tile(array, end);
-    for (size_t t = fs_first_tile(array, start); t < end_tile; t++) {
-        const fs_shape shape = fs_tile_shape(array, t);
-        for (int o = 0; o < n_operands; o++)
-            rows[o] = fs_bring(k, array, o, t, copy[o]);
-        for (size_t r = 0; r < shape.n_rows; r++) {
-            for (int o = 0; o < n_operands; o++)
-                at[o] = rows[o].first + (ptrdiff_t)r * rows[o].stride;
-            /* What was copied may be changed where it is; the caller's own gradient may not. */
-            void *to = rows[FS_GRAD].first == copy[FS_GRAD] ? at[FS_GRAD] : copy[FS_GRAD];
-            const void *grad = at[FS_GRAD];
-            if (stage_grad) {
-                grad = k->unscale(shape.n_columns, grad, to, grad_scale, zero);
-                grad = k->apply_stages(shape.n_columns, grad, to, at[FS_PARAM], &stages);
-            }
-            k->rule[group->rule](shape.n_columns, at[FS_PARAM], grad, &at[FS_STATE], factor, group->decay, group->coefs);
-        }
-        for (int o = 0; o < n_operands; o++)
-            if (o != FS_GRAD)
-                fs_take_back(k, array, o, t, copy[o]);
-    }
+    for (size_t t = fs_first_tile(array, start); t < end_tile; t++)
+        update_tile(&w, array, t, copy);
 }
 
 void fs_update(fs_plan *plan, const fs_options *options)
@@ -440,13 +493,8 @@ static void clear_work(const fs_pass *pass, size_t i, size_t start, size_t end, 
     const fs_kernels *k = pass->kernels[array->real];
     char *copy = (char *)tile + array->copy_offset[FS_GRAD];
     const size_t end_tile = fs_first_tile(array, end);
-    for (size_t t = fs_first_tile(array, start); t < end_tile; t++) {
-        const fs_shape shape = fs_tile_shape(array, t);
-        const fs_rows grad = fs_bring(k, array, FS_GRAD, t, copy);
-        for (size_t r = 0; r < shape.n_rows; r++)
-            memset(grad.first + (ptrdiff_t)r * grad.stride, 0, shape.n_columns * array->item);
-        fs_take_back(k, array, FS_GRAD, t, copy);
-    }
+    for (size_t t = fs_first_tile(array, start); t < end_tile; t++)
+        clear_tile(k, array, t, copy);
 }
 
 void fs_clear(fs_plan *plan, const fs_options *options)

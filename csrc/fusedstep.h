@@ -49,7 +49,7 @@ const char *fs_rule_hyper_names(int rule);    /* space-separated, in the order `
 int fs_rule_states(int rule);
 
 /* The arrays that belong to one parameter. */
-enum { FS_PARAM, FS_GRAD, FS_STATE, FS_N_OPERANDS = FS_STATE + FS_MAX_STATES };
+enum { FS_PARAM, FS_GRAD, FS_STATE, FS_AVERAGE = FS_STATE + FS_MAX_STATES, FS_N_OPERANDS };
 
 typedef struct {
     char *data;                    /* NULL for none */
@@ -80,7 +80,7 @@ typedef struct {
     int n_loops, across;           /* a tile extends along the last loop, and across this one */
     fs_loop *loops;
     size_t n_blocks, blocks_per_tile, n_tiles;
-    int n_runs;                    /* the first so many operands are all whole runs, to be used where they lie */
+    bool is_run;                   /* all operands are whole runs, to be used where they lie */
     size_t copy_offset[FS_N_OPERANDS];    /* in the tile's memory, of operands that have to be copied */
     void *memory;                  /* that all these pointers point into */
 } fs_array;
@@ -98,6 +98,8 @@ typedef struct {
     bool maximize;
     double clip_value;             /* infinity for none */
     double clip_norm_per_array;    /* infinity for none */
+    double lower, upper;           /* bounds on the parameter; infinities for none */
+    double average_weight;         /* of the new parameter in its average, where there is one */
     /* Computed by the step. */
     double coefs[FS_MAX_COEFS];
     double decay;
@@ -124,6 +126,7 @@ typedef struct {
     double clip_norm;              /* infinity for none */
     double clip_factor;            /* a further factor, found by the caller; 1 for none */
     fs_nonfinite nonfinite;
+    bool clear_grads;              /* fs_update sets them to 0 once they are used; they must lie apart */
     int n_threads;                 /* 0 for the process-wide number */
 } fs_options;
 
@@ -149,7 +152,7 @@ size_t fs_dtype_size(fs_dtype dtype);
  * not follow. The norm is measured if anything depends on it. */
 void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report);
 
-/* The second half of a step, with the same options: change parameters and states in place. */
+/* The second half of a step, with the same options: change parameters, states and averages in place. */
 void fs_update(fs_plan *plan, const fs_options *options);
 
 /* Or of clipping: change the gradients in place, by norms and values as a step would for its rule. No other stage applies:

@@ -31,6 +31,9 @@ typedef struct {
      * is: `to`, which may be the gradient itself, or the gradient if there was nothing to do. */
     const void *(*unscale)(size_t n, const void *grad, void *to, double grad_scale, bool zero_nonfinite);
     const void *(*apply_stages)(size_t n, const void *grad, void *to, const void *param, const fs_stages *stages);
+    /* What follows the rule: bound the parameter, and move its average towards it. */
+    void (*bound)(size_t n, void *param, double lower, double upper);
+    void (*average)(size_t n, void *average, const void *param, double weight);
     /* Sums of (scale x)^2 over consecutive blocks of FS_BLOCK. */
     void (*sum_squares)(size_t n, const void *grad, double scale, double *block_sums);
     /* Adds to what is there. */

@@ -196,9 +196,9 @@ void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool
         arrange_grad(array);
     arrange_loops(array);
     arrange_tiles(array);
-    array->n_runs = 0;
-    while (array->n_loops == 2 && array->n_runs < FS_N_OPERANDS && rows_are_runs(array, array->n_runs))
-        array->n_runs++;
+    array->is_run = array->n_loops == 2;
+    for (int o = 0; o < FS_N_OPERANDS; o++)
+        array->is_run = array->is_run && (!array->operand[o].data || rows_are_runs(array, o));
 }
 
 /* ---- The gradient in C order ---------------------------------------------------------------------------------------- */

@@ -66,7 +66,7 @@ BAD = [
         dict(clip=1),
         TypeError,
         "adam: unknown option 'clip'; it has lr, betas, eps, grad_scale, zero_nonfinite, maximize, clip_factor, clip_value, "
-        "weight_decay, decoupled_weight_decay, l1",
+        "weight_decay, decoupled_weight_decay, l1, bounds",
     ),
 ]
 

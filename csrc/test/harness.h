@@ -157,7 +157,7 @@ static const fs_operand *operand(fs_plan *plan, size_t i, int o)
 
 static size_t operand_bytes(fs_plan *plan, size_t i, int o)
 {
-    return plan->arrays[i].size * fs_dtype_size(operand(plan, i, o)->dtype);
+    return operand(plan, i, o)->data ? plan->arrays[i].size * fs_dtype_size(operand(plan, i, o)->dtype) : 0;
 }
 
 static double get(fs_plan *plan, size_t i, int o, size_t element)
@@ -184,8 +184,8 @@ static void set_contiguous(fs_array *array, int o, void *data, fs_dtype dtype)
     fs_array_set(array, o, data, dtype, true, &stride);
 }
 
-/* Contiguous arrays, all in the first of two groups. They have all the states, positive, so that any rule may be used;
- * the contents depend on the arguments alone. */
+/* Contiguous arrays, all in the first of two groups. They have all the states, positive, so that any rule may be used, and
+ * every other, the first too, has an average; the contents depend on the arguments alone. */
 static fs_plan *make_plan(int storage, size_t n_arrays, const size_t *sizes)
 {
     fs_plan *plan = fs_plan_new(n_arrays, 2);
@@ -196,6 +196,8 @@ static fs_plan *make_plan(int storage, size_t n_arrays, const size_t *sizes)
         for (int o = 0; o < FS_N_OPERANDS; o++) {
             const fs_dtype mixed = (o == FS_GRAD ? i / N_DTYPES : i) % N_DTYPES;
             const fs_dtype dtype = storage == MIXED ? mixed : (fs_dtype)storage;
+            if (o == FS_AVERAGE && (i + i / N_DTYPES) % 2 == 1)
+                continue;
             set_contiguous(array, o, malloc(sizes[i] * fs_dtype_size(dtype) + !sizes[i]), dtype);
             for (size_t e = 0; e < sizes[i]; e++)
                 set(plan, i, o, e, o < FS_STATE ? random_signed() : 0.125 + random_unit());
@@ -237,13 +239,14 @@ static void copy_plan(fs_plan *to, fs_plan *from)
     copy_settings(to, from);
     for (size_t i = 0; i < from->n_arrays; i++)
         for (int o = 0; o < FS_N_OPERANDS; o++)
-            memcpy(operand(to, i, o)->data, operand(from, i, o)->data, operand_bytes(from, i, o));
+            if (operand(to, i, o)->data)
+                memcpy(operand(to, i, o)->data, operand(from, i, o)->data, operand_bytes(from, i, o));
 }
 
 static bool same_operand(fs_plan *a, fs_plan *b, int o)
 {
     for (size_t i = 0; i < a->n_arrays; i++)
-        if (memcmp(operand(a, i, o)->data, operand(b, i, o)->data, operand_bytes(a, i, o)) != 0)
+        if (operand(a, i, o)->data && memcmp(operand(a, i, o)->data, operand(b, i, o)->data, operand_bytes(a, i, o)) != 0)
             return false;
     return true;
 }
@@ -288,7 +291,8 @@ static void use_rule(fs_group *group, int rule)
         {"lr", 0.01}, {"eps", 1e-8}, {"lr_decay", 0.1}, {"momentum", 0.9}, {"dampening", 0.25}, {"rho", 0.9},
         {"alpha", 0.99}, {"beta1", 0.9}, {"beta2", 0.999},
     };
-    *group = (fs_group){.rule = rule, .clip_value = INFINITY, .clip_norm_per_array = INFINITY};
+    *group = (fs_group){.rule = rule, .clip_value = INFINITY, .clip_norm_per_array = INFINITY,
+                        .lower = -INFINITY, .upper = INFINITY};
     char names[100];
     snprintf(names, sizeof names, "%s", fs_rule_hyper_names(rule));
     char *rest;
@@ -321,6 +325,9 @@ static fs_options busy(fs_plan *plan, int rule)
         group->clip_value = 0.25;
         group->weight_decay = 0.1;
         group->l1 = 0.01;
+        group->lower = -0.75;
+        group->upper = 0.625;
+        group->average_weight = 0.25;
     }
     options.grad_scale = 3.0;
     options.clip_norm = 0.9;

@@ -346,8 +346,13 @@ static size_t choose_layout(size_t i, int o, size_t turn)
     }
 }
 
-/* A plan whose operands are spreads against a contiguous one, in three steps or in clipping. It has the states that the
- * rule needs. */
+/* The operands of an array that a rule with so many uses. */
+#define FOR_USED(plan, i, o, n_used)                                                                             \
+    for (int o = 0; o < FS_N_OPERANDS; o++)                                                                      \
+        if ((o < n_used || o == FS_AVERAGE) && operand(plan, i, o)->data)
+
+/* A plan whose operands are spreads against a contiguous one, in four steps, the last of which clears
+ * the gradients, or in clipping. It has the states that the rule needs. */
 static void check_layouts(trio t, fs_options options, bool clips, const ptrdiff_t *shape, size_t turn)
 {
     const ptrdiff_t a = shape[0], b = shape[1], c = shape[2];
@@ -363,18 +368,20 @@ static void check_layouts(trio t, fs_options options, bool clips, const ptrdiff_
         {{0, c, 1}, 0, true},                        /* broadcast */
         {{0, 0, 0}, 1, true},
     };
-    const int n_operands = FS_STATE + fs_rule_states(t.initial->groups[0].rule);
+    const int n_used = FS_STATE + fs_rule_states(t.initial->groups[0].rule);
+    bool apart = true;
     spread got[N_PAIRS][FS_N_OPERANDS], wanted[N_PAIRS][FS_N_OPERANDS];
     fs_plan *plan = make_plan_like(t.initial, 3, shape);
     copy_settings(plan, t.initial);
     copy_plan(t.expected, t.initial);
     for (size_t i = 0; i < N_PAIRS; i++)
-        for (int o = 0; o < n_operands; o++) {
+        FOR_USED(t.initial, i, o, n_used) {
             const fs_operand *initial = operand(t.initial, i, o), *expected = operand(t.expected, i, o);
             const size_t item = fs_dtype_size(initial->dtype);
             size_t l = choose_layout(i, o, turn);
             if (layouts[l].only_read && (o != FS_GRAD || clips))
                 l = 0;
+            apart = apart && !layouts[l].only_read;
             spread *s = &got[i][o];
             *s = make_spread(shape, layouts[l].strides, layouts[l].shift, item);
             wanted[i][o] = make_spread(shape, layouts[l].strides, layouts[l].shift, item);
@@ -389,10 +396,15 @@ static void check_layouts(trio t, fs_options options, bool clips, const ptrdiff_
     const fs_report report = clips ? clip(plan, options) : take_3_steps(plan, options);
     CHECK(report.applied);
     CHECK(report.grad_norm == wanted_report.grad_norm);
-    if (!clips)
-        fs_clear(plan, &options);
+    if (!clips) {
+        take_step(t.expected, options);
+        options.clear_grads = apart;
+        take_step(plan, options);
+        if (!apart)
+            fs_clear(plan, &options);
+    }
     for (size_t i = 0; i < N_PAIRS; i++)
-        for (int o = 0; o < n_operands; o++) {
+        FOR_USED(t.initial, i, o, n_used) {
             const fs_operand *expected = operand(t.expected, i, o);
             if (o == FS_GRAD && !clips)
                 memset(expected->data, 0, operand_bytes(t.expected, i, o));
@@ -443,6 +455,48 @@ static void copy_spaced(fs_plan *spaced, fs_plan *plan, ptrdiff_t gap, bool to_s
             char *place = operand(spaced, 0, o)->data + e * gap * item, *other = operand(plan, 0, o)->data + e * item;
             memcpy(to_spaced ? place : other, to_spaced ? other : place, (size_t)item);
         }
+    }
+}
+
+/* Bounds on the parameter, then its average, which sees what is stored. */
+static void test_after_the_rule(void)
+{
+    static const size_t sizes[] = {1, 5, 1030, 77, 2, 300};
+    for (int storage = 0; storage <= MIXED; storage++) {
+        const trio t = make_trio(storage, LENGTH(sizes), sizes);
+        fs_options options = plain(t.plan, find_rule("sgd"));
+        plain(t.expected, find_rule("sgd"));
+        for (int turn = 0; turn < 4; turn++) {
+            const double lower = turn & 1 ? -0.25 : -INFINITY, upper = turn & 2 ? 0.5 : INFINITY;
+            CONTEXT("storage %d, turn %d", storage, turn);
+            copy_plan(t.plan, t.initial);
+            copy_plan(t.expected, t.initial);
+            plain(t.expected, find_rule("sgd"));
+            plain(t.plan, find_rule("sgd"));
+            t.plan->groups[0].lower = lower;
+            t.plan->groups[0].upper = upper;
+            t.plan->groups[0].average_weight = 0.25;
+            options.clear_grads = turn == 3;
+            take_step(t.plan, options);
+            options.clear_grads = false;
+            take_step(t.expected, options);
+            for (size_t i = 0; i < LENGTH(sizes); i++)
+                for (size_t e = 0; e < sizes[i]; e++) {
+                    const double free = get(t.expected, i, FS_PARAM, e), param = get(t.plan, i, FS_PARAM, e);
+                    CHECK(param == (free < lower ? lower : free > upper ? upper : free));
+                    CHECK(get(t.plan, i, FS_GRAD, e) == (turn == 3 ? 0.0 : get(t.initial, i, FS_GRAD, e)));
+                    if (!operand(t.plan, i, FS_AVERAGE)->data)
+                        continue;
+                    const double old = get(t.initial, i, FS_AVERAGE, e), new = get(t.plan, i, FS_AVERAGE, e);
+                    const bool in_double = operand(t.plan, i, FS_PARAM)->dtype == FS_FLOAT64;
+                    const float in_float = (float)old + 0.25f * ((float)param - (float)old);
+                    double stored[1];
+                    write_item(operand(t.plan, i, FS_AVERAGE)->dtype, (char *)stored,
+                               in_double ? old + 0.25 * (param - old) : in_float);
+                    CHECK(new == read_item(operand(t.plan, i, FS_AVERAGE)->dtype, (char *)stored));
+                }
+        }
+        free_trio(t);
     }
 }
 
@@ -729,7 +783,8 @@ static void check_nonfinite(trio t, double bad, bool is_first, int n_threads)
         CHECK(t.plan->norms[i].n_nonfinite == 0);
     CHECK(!isfinite(get(t.plan, last, FS_PARAM, e)) && !isfinite(get(t.plan, last, FS_STATE, e)));
     for (int o = 0; o < FS_N_OPERANDS; o++)
-        set(t.plan, last, o, e, get(t.expected, last, o, e));
+        if (operand(t.plan, last, o)->data)
+            set(t.plan, last, o, e, get(t.expected, last, o, e));
     CHECK(same_plan(t.plan, t.expected));
     set(t.initial, last, FS_GRAD, e, good);
 }
@@ -1183,9 +1238,9 @@ int main(int argc, char **argv)
     fs_threads_insist(true);
 #define TEST(name) {#name, test_##name}
     static const struct { const char *name; void (*run)(void); } tests[] = {
-        TEST(textbook),       TEST(negative_variance), TEST(stages),         TEST(nonfinite),             TEST(out_of_memory),
-        TEST(many_arrays),    TEST(empty_plans),    TEST(half_made_plans),       TEST(scalar),
-        TEST(norms_of_nonfinite),
+        TEST(textbook),       TEST(negative_variance),                TEST(stages),           TEST(after_the_rule),
+        TEST(nonfinite),      TEST(out_of_memory),  TEST(many_arrays),                        TEST(empty_plans),
+        TEST(half_made_plans),                      TEST(scalar),     TEST(norms_of_nonfinite),
         TEST(clip_nonfinite), TEST(clip_magnitudes), TEST(norms),                TEST(layouts),
         TEST(runs_have_ends), TEST(grad_scale), TEST(guard_pages),    TEST(fork),           TEST(plans_are_independent), TEST(levels_and_threads),
         TEST(halves_load_and_store),                TEST(halves_round),          TEST(settings),

@@ -11,7 +11,7 @@ The rules are the classes SGD, Adagrad, Adadelta, RMSprop, Adam and AdamW; :clas
 :mod:`fusedstep.kernels` has the rules on single arrays, :mod:`fusedstep.reference` their specification in NumPy.
 """
 
-from . import kernels, reference, rules
+from . import kernels, reference, rules, schedules
 from ._threads import get_num_threads, set_num_threads, threads
 from ._version import __version__
 from .checkpoint import Checkpoint, load, save
@@ -36,6 +36,7 @@ __all__ = [
     "load",
     "reference",
     "save",
+    "schedules",
     "set_num_threads",
     "show_config",
     "threads",

@@ -43,8 +43,16 @@ def require_core() -> Any:
 class ReferencePlan:
     """`_core.Plan` on the NumPy reference: the same interface, the same bits."""
 
-    def __init__(self, params: list[Array], states: list[tuple[Array, ...]], groups: list[int], rules: list[Any]) -> None:
+    def __init__(
+        self,
+        params: list[Array],
+        states: list[tuple[Array, ...]],
+        groups: list[int],
+        rules: list[Any],
+        averages: list[Array | None] | None = None,
+    ) -> None:
         self.params, self.states, self.groups, self.rules = params, states, groups, rules
+        self.averages = averages or [None] * len(params)
         self.grads: Any = None  # a list of arrays, once any are bound
         self.values: list[dict[str, Any]] = [{} for _ in rules]
         self.stages: list[dict[str, Any]] = []
@@ -77,6 +85,9 @@ class ReferencePlan:
     def remember(self, *settings: Any) -> None:
         pass
 
+    def forget(self) -> None:
+        pass
+
     def repeat(self, *arguments: Any) -> None:
         return None
 
@@ -90,6 +101,7 @@ class ReferencePlan:
         clip_norm: float | None = None,
         nonfinite: str = "raise",
         num_threads: int | None = None,
+        clear_grads: bool = False,
     ) -> Outcome:
         applied, grad_norm, factors, bad = self._measure(grad_scale, clip_norm, nonfinite)
         self.stages = [
@@ -104,6 +116,11 @@ class ReferencePlan:
                 new = [param.copy(), *(state.copy() for state in states)]
                 self._update(i, *new)
                 changes += zip([param, *states], itertools.repeat(...), new)
+                average = self.averages[i]
+                if average is not None:
+                    new_average = average.copy()
+                    reference.move_average(new_average, new[0], self.values[self.groups[i]]["ema_decay"])
+                    changes.append((average, ..., new_average))
             changes.append((self._steps, ..., self._steps + 1))
         if clear_grads:
             changes += [(grad, ..., np.zeros_like(grad)) for grad in self.grads]

@@ -14,6 +14,8 @@ from libc.math cimport INFINITY
 from libc.stddef cimport ptrdiff_t, size_t
 cimport numpy as cnp
 
+from fusedstep._arrays import overlaps_itself
+
 cnp.import_array()
 
 
@@ -90,6 +92,7 @@ cdef extern from "fusedstep.h" nogil:
         FS_PARAM
         FS_GRAD
         FS_STATE
+        FS_AVERAGE
         FS_N_OPERANDS
 
     ctypedef struct fs_operand:
@@ -108,7 +111,7 @@ cdef extern from "fusedstep.h" nogil:
     ctypedef struct fs_group:
         int rule
         double *hyper
-        double weight_decay, l1, clip_value, clip_norm_per_array
+        double weight_decay, l1, clip_value, clip_norm_per_array, lower, upper, average_weight
         bint decoupled_weight_decay, maximize
 
     ctypedef struct fs_plan:
@@ -121,6 +124,7 @@ cdef extern from "fusedstep.h" nogil:
     ctypedef struct fs_options:
         double grad_scale, clip_norm, clip_factor
         fs_nonfinite nonfinite
+        bint clear_grads
         int n_threads
 
     ctypedef struct fs_report:
@@ -374,24 +378,28 @@ cdef class Plan:
         Index into ``rules`` for each parameter.
     rules : list of (str or None)
         The kernel of each group; None for a plan that only measures or clips gradients.
+    averages : list of (ndarray or None), optional
+        The average of each parameter.
     """
 
     cdef fs_plan *plan
     cdef fs_options options
-    cdef list params, states, places
+    cdef list params, states, averages, places
     cdef readonly list grads    # None before any are bound
+    cdef int apart              # whether no elements of gradients share memory; -1: to be found out
     cdef PyArrayObject **written    # parameters and states by array and operand, NULL where none; owned by the lists
     cdef size_t n_spans         # address ranges of what a step writes, apart and in order: first address, end, ...
     cdef size_t *spans
     cdef list seen              # what `repeat` expects: each group's dictionary, and its keys and values in turn
     cdef tuple seen_options     # clip_norm, nonfinite, num_threads
 
-    def __cinit__(self, list params, list states, list groups, list rules):
+    def __cinit__(self, list params, list states, list groups, list rules, list averages=None):
         cdef fs_array *array
         cdef PyArrayObject *param
         cdef size_t i, s
         self.params = params
         self.states = states
+        self.averages = averages
         self.places = []
         self.plan = fs_plan_new(len(params), len(rules))
         if self.plan == NULL:
@@ -417,6 +425,8 @@ cdef class Plan:
                 raise ValueError(f"rule {rules[groups[i]]} has another number of states than {len(states[i])}")
             for s in range(len(states[i])):
                 self.set_written(i, FS_STATE + <int>s, states[i][s])
+            if averages is not None and averages[i] is not None:
+                self.set_written(i, FS_AVERAGE, averages[i])
         check(fs_plan_finish(self.plan))
 
     def __dealloc__(self):
@@ -467,6 +477,24 @@ cdef class Plan:
             if not lies_at(place, FS_GRAD, <PyArrayObject *>PyList_GET_ITEM(<PyObject *>grads, i)):
                 set_operand(place, FS_GRAD, grads[i])
         self.grads = grads
+        self.apart = -1
+
+    cdef bint grads_lie_apart(self) except -1:
+        """Whether one gradient's elements can be cleared while others are still to be read."""
+        cdef size_t i, first, end, last_end = 0
+        cdef list spans = []
+        if self.apart < 0:
+            for i in range(self.plan.n_arrays):
+                find_span(<PyArrayObject *>PyList_GET_ITEM(<PyObject *>self.grads, i),
+                          fs_dtype_size(self.plan.arrays[i].operand[FS_GRAD].dtype), &first, &end)
+                if first < end:
+                    spans.append((first, end))
+            apart = not any(map(overlaps_itself, self.grads))
+            for first, end in sorted(spans):
+                apart = apart and first >= last_end
+                last_end = end
+            self.apart = apart
+        return self.apart
 
     cdef bint is_near(self, PyArrayObject *grad, size_t itemsize) except -1:
         """Whether the range of addresses of an array meets that of one to be written."""
@@ -535,6 +563,10 @@ cdef class Plan:
         group.maximize = values.get("maximize", False)
         group.clip_value = or_infinity(values.get("clip_value"))
         group.clip_norm_per_array = or_infinity(values.get("clip_norm_per_array"))
+        bounds = values.get("bounds")
+        group.lower = -INFINITY if bounds is None else bounds[0]
+        group.upper = INFINITY if bounds is None else bounds[1]
+        group.average_weight = 1.0 - (values.get("ema_decay") or 0.0)
 
     @property
     def steps(self):
@@ -546,7 +578,7 @@ cdef class Plan:
         self.plan.step = value
 
     def measure(self, *, double grad_scale=1.0, clip_norm=None, double clip_factor=1.0, str nonfinite="raise",
-                num_threads=None):
+                num_threads=None, bint clear_grads=False):
         """Look at the bound gradients, and get ready to use them with these options.
 
         Returns whether they may be used, their norm (None if nothing depends on it), the smallest clip factor, and for each
@@ -558,6 +590,7 @@ cdef class Plan:
         self.options.clip_norm = or_infinity(clip_norm)
         self.options.n_threads = 0 if num_threads is None else num_threads
         self.options.clip_factor = clip_factor
+        self.options.clear_grads = clear_grads and self.grads_lie_apart()
         self.options.nonfinite = (FS_NONFINITE_ZERO if nonfinite == "zero" else
                                   FS_NONFINITE_PROPAGATE if nonfinite == "propagate" else FS_NONFINITE_STOP)
         with nogil:
@@ -571,13 +604,16 @@ cdef class Plan:
 
     # What follows uses gradients that were measured. Nothing here can fail or be interrupted: no allocation, no Python.
 
-    cpdef update(self, bint apply, bint clear_grads):
+    def update(self, bint apply, bint clear_grads):
         """Update parameters and states if the step is to be applied, then clear the gradients if they are to be."""
         with nogil:
-            if apply:
-                fs_update(self.plan, &self.options)
-            if clear_grads:
-                fs_clear(self.plan, &self.options)
+            self.finish(apply, clear_grads)
+
+    cdef void finish(self, bint apply, bint clear_grads) noexcept nogil:
+        if apply:
+            fs_update(self.plan, &self.options)
+        if clear_grads and not (apply and self.options.clear_grads):    # that is in the same pass
+            fs_clear(self.plan, &self.options)
 
     def clip(self):
         """Clip the gradients in place."""
@@ -591,6 +627,10 @@ cdef class Plan:
         """Take what is in these dictionaries, and the options, as what this plan was told last."""
         self.seen_options = (clip_norm, nonfinite, num_threads)
         self.seen = [(group, tuple([part for item in group.items() for part in item])) for group in groups]
+
+    def forget(self):
+        """Take the long way next time."""
+        self.seen = None
 
     def repeat(self, Lock lock, dict settings, grads, grad_scale, bint zero_grads, report_type):
         """Take a step if all is as at the last one but what the gradients hold and where they lie.
@@ -644,6 +684,7 @@ cdef class Plan:
             if zero_grads and not cnp.PyArray_ISWRITEABLE(self.grads[i]):
                 return None
 
+        self.options.clear_grads = zero_grads and self.grads_lie_apart()
         if self.plan.n_elements < N_SMALL:
             fs_measure(self.plan, &self.options, &report)
         else:
@@ -656,11 +697,10 @@ cdef class Plan:
             <long long>self.plan.step + 1, True, report.grad_norm if report.has_norm else None, report.clip_factor, {},
         ),), NULL)
         if self.plan.n_elements < N_SMALL:
-            fs_update(self.plan, &self.options)
-            if zero_grads:
-                fs_clear(self.plan, &self.options)
+            self.finish(True, zero_grads)
         else:
-            self.update(True, zero_grads)
+            with nogil:
+                self.finish(True, zero_grads)
         return result
 
     cdef bint has_seen(self, dict settings) except -1:

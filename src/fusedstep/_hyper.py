@@ -20,6 +20,8 @@ class Options(TypedDict, total=False):
     clip_norm: Hyper | None
     clip_value: Hyper | None
     clip_norm_per_array: Hyper | None
+    bounds: tuple[float | None, float | None] | None
+    ema_decay: Hyper | None
     nonfinite: str
     convention: str
     backend: str
@@ -35,6 +37,8 @@ OPTION_DEFAULTS: dict[str, Any] = {
     "clip_norm": None,
     "clip_value": None,
     "clip_norm_per_array": None,
+    "bounds": None,
+    "ema_decay": None,
     "nonfinite": "raise",
     "convention": "torch",
     "backend": "c",
@@ -80,6 +84,25 @@ def from_0_below_1(value: Any, label: str) -> float:
     return number(value, label, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
+def from_0_to_1_or_none(value: Any, label: str) -> float | None:
+    return None if value is None else number(value, label, "a number in [0, 1] or None", lambda x: 0 <= x <= 1)
+
+
+def bounds(value: Any, label: str) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    wanted = "a pair of numbers or None, the lower first"
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{label}: expected {wanted}, got {value!r}")
+    lower, upper = (
+        x if x is None or x in (-math.inf, math.inf) else finite(x, f"{label}[{i}]") for i, x in enumerate(value)
+    )
+    lower, upper = -math.inf if lower is None else lower, math.inf if upper is None else upper
+    if not lower <= upper:
+        raise ValueError(f"{label}: expected {wanted}, got {value!r}")
+    return lower, upper
+
+
 def from_0_to_1(value: Any, label: str) -> float:
     return number(value, label, "a number in [0, 1]", lambda x: 0 <= x <= 1)
 
@@ -122,6 +145,8 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "clip_norm": above_0_or_none,
     "clip_value": above_0_or_none,
     "clip_norm_per_array": above_0_or_none,
+    "bounds": bounds,
+    "ema_decay": from_0_to_1_or_none,
 }
 
 

@@ -120,6 +120,11 @@ INVALID = [
     ({"clip_norm": 0}, ValueError, "clip_norm: expected a finite number > 0 or None, got 0"),
     ({"clip_value": -1}, ValueError, "clip_value: expected a finite number > 0 or None, got -1"),
     ({"clip_norm_per_array": 0.0}, ValueError, "clip_norm_per_array: expected a finite number > 0 or None, got 0.0"),
+    ({"bounds": 1.0}, TypeError, "bounds: expected a pair of numbers or None, the lower first, got 1.0"),
+    ({"bounds": (1, -1)}, ValueError, "bounds: expected a pair of numbers or None, the lower first, got (1, -1)"),
+    ({"bounds": (None, float("nan"))}, ValueError, "bounds[1]: expected a finite number, got nan"),
+    ({"bounds": ("a", None)}, TypeError, "bounds[0]: expected a finite number, got 'a'"),
+    ({"ema_decay": 1.5}, ValueError, "ema_decay: expected a number in [0, 1] or None, got 1.5"),
     (
         {"nonfinite": "ignore"},
         ValueError,
@@ -143,6 +148,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"clip_value": 0.1},
     {"nonfinite": "zero"},
     {"nonfinite": "propagate"},
+    {"bounds": (-0.5, 0.75)},
+    {"ema_decay": 0.9},
     {
         "weight_decay": 0.1,
         "l1": 0.01,
@@ -150,6 +157,8 @@ OPTIONS: list[dict[str, Any]] = [
         "clip_norm": 0.5,
         "clip_norm_per_array": 0.25,
         "clip_value": 0.1,
+        "bounds": (0.0, None),
+        "ema_decay": 0.75,
         "nonfinite": "zero",
     },
 ]

@@ -32,6 +32,7 @@ STAGE_DEFAULTS = {
     "weight_decay": 0.0,
     "decoupled_weight_decay": False,
     "l1": 0.0,
+    "bounds": None,
 }
 
 

@@ -6,7 +6,8 @@ import inspect
 import operator
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,6 +22,7 @@ from .errors import NonFiniteGradientError
 Array = NDArray[Any]
 
 STATE_DICT_VERSION = 1
+AVERAGE = "average"  # the state array that `ema_decay` calls for
 SAVED_OPTIONS = ("clip_norm", "nonfinite")  # of the whole optimizer; groups save theirs
 
 
@@ -45,14 +47,20 @@ class NewState(NamedTuple):
     name: str
     key: str
     param: Array
-    fill: float
+    fill: float | Array
 
 
 class Kernel(NamedTuple):
     """A compiled rule and the state arrays it works on, in its order."""
 
     name: str
-    states: tuple[str, ...] = ()
+    states: tuple[str, ...]
+    averages: bool
+    """Whether it is followed by an average of the parameters, which is a further state array."""
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        return (*self.states, AVERAGE) if self.averages else self.states
 
 
 class Optimizer:
@@ -80,6 +88,12 @@ class Optimizer:
         The same with each array's own norm; comes before `clip_norm`.
     clip_value : float, optional
         Then bound each element to ``[-clip_value, clip_value]``.
+    bounds : pair of float, optional
+        Bound each parameter to ``[lower, upper]`` after the update; None in either place for no bound.
+    ema_decay : float, optional
+        Keep an average of the parameters, ``average += (1 - ema_decay) * (param - average)`` after each update, from their
+        present values on, as the state ``average``; see :attr:`averages` and :meth:`averaged`. ``ema_warmup`` and
+        ``equal_average`` in :mod:`fusedstep.schedules` make averages that forget the start.
     nonfinite : {"raise", "skip", "zero", "propagate"}
         What an inf or nan in a gradient does: raise :class:`NonFiniteGradientError`, leave out the step, count as 0, or go
         on unchecked, which saves reading the gradients once more. In the first two cases nothing changes.
@@ -121,7 +135,7 @@ class Optimizer:
     @classmethod
     def _kernel(cls, hyper: Mapping[str, Any]) -> Kernel:
         states = cls._states(hyper)
-        return Kernel(cls._kernel_name(states, hyper), states)
+        return Kernel(cls._kernel_name(states, hyper), states, hyper["ema_decay"] is not None)
 
     @staticmethod
     def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
@@ -179,6 +193,7 @@ class Optimizer:
         self._in_plan: list[dict[str, Any]] = []  # those the plan has
         self._kernels: list[Kernel] = []
         self._plan: Any = None
+        self._shows_averages = False
         self._prepare_plan(self._resolve(self.param_groups, 0), 0)
 
     def _add_group(self, group: Mapping[str, Any]) -> None:
@@ -236,14 +251,14 @@ class Optimizer:
         """The state arrays that the kernels need: those there, and new ones for the others."""
         owners = list(zip(self._names, self._params, self._group_of))
         missing = [
-            NewState(name, key, param, self._initial_state(key, values[group]))
+            NewState(name, key, param, param if key == AVERAGE else self._initial_state(key, values[group]))
             for name, param, group in owners
-            for key in kernels[group].states
+            for key in kernels[group].arrays
             if key not in self.state[name]
         ]
         there = {(name, key): array for name, own in self.state.items() for key, array in own.items()}
         there.update(zip([(new.name, new.key) for new in missing], self._new_states(missing)))
-        completed = {name: {key: there[name, key] for key in kernels[group].states} for name, _, group in owners}
+        completed = {name: {key: there[name, key] for key in kernels[group].arrays} for name, _, group in owners}
         if self._allocate_state is not None:
             written = [*self._labelled("params", self._params), *state_labels(completed)]
             _arrays.check_overlaps(written)
@@ -263,7 +278,7 @@ class Optimizer:
                 arrays.append(_arrays.as_writeable(allocate(f"{new.name}.{new.key}", new.param.shape, dtype), label))
                 _arrays.check_state(arrays[-1], new.param, label)
         for array, new in zip(arrays, missing):
-            if allocate is not None or new.fill != 0:
+            if allocate is not None or np.any(new.fill):
                 array[...] = new.fill
         return arrays
 
@@ -271,11 +286,12 @@ class Optimizer:
         states = [
             tuple(state[name][key] for key in kernels[group].states) for name, group in zip(self._names, self._group_of)
         ]
+        averages = [state[name].get(AVERAGE) for name in self._names]
         if self.backend == "c":
-            plan = _backends.core.Plan(self._params, states, self._group_of, [kernel.name for kernel in kernels])
+            plan = _backends.core.Plan(self._params, states, self._group_of, [kernel.name for kernel in kernels], averages)
         else:
             rules = [(type(self)._rule, kernel.states) for kernel in kernels]
-            plan = _backends.ReferencePlan(self._params, states, self._group_of, rules)
+            plan = _backends.ReferencePlan(self._params, states, self._group_of, rules, averages)
         plan.steps = steps
         if self._plan is not None and self._plan.grads is not None:
             plan.bind(self._plan.grads)
@@ -324,6 +340,8 @@ class Optimizer:
 
     def _step(self, grads: Any, grad_scale: float, zero_grads: bool) -> StepReport:
         """A step with all there may be to look at."""
+        if self._shows_averages:
+            raise RuntimeError("step: expected the parameters in their arrays, got their averages (within opt.averaged())")
         grad_scale = _hyper.grad_scale(grad_scale, "grad_scale")
         _hyper.check_choice("nonfinite", self.nonfinite)
         steps = self._plan.steps
@@ -338,7 +356,11 @@ class Optimizer:
             raise ValueError("grads: expected gradients, got none, and none are bound")
         self._check_writeable(zero_grads)
         applied, grad_norm, clip_factor, bad = self._plan.measure(
-            grad_scale=grad_scale, clip_norm=clip_norm, nonfinite=self.nonfinite, num_threads=self.num_threads
+            grad_scale=grad_scale,
+            clip_norm=clip_norm,
+            nonfinite=self.nonfinite,
+            num_threads=self.num_threads,
+            clear_grads=zero_grads,
         )
         nonfinite = {self._names[i]: count for i, count in bad}
         if not applied and self.nonfinite == "raise":
@@ -388,6 +410,50 @@ class Optimizer:
         for label, grad in self._labelled("grads", self._plan.grads) if grads_too else ():
             if not grad.flags.writeable:
                 raise ValueError(f"{label}: expected a writeable array for zero_grads=True, got a read-only one")
+
+    # ---- Averages ----
+
+    @property
+    def averages(self) -> dict[str, Array]:
+        """The averages of the parameters by name, of those in groups with an `ema_decay`."""
+        return {name: own[AVERAGE] for name, own in self.state.items() if AVERAGE in own}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the averages in the parameters' arrays within a ``with`` block, to evaluate or save them; no steps there.
+
+        Parameters of groups without `ema_decay` stay as they are. At the end the parameters are what they were.
+
+        Raises
+        ------
+        ValueError
+            If no group has an `ema_decay`.
+        """
+        with self._lock:
+            pairs = [(p, self.state[n][AVERAGE]) for n, p in zip(self._names, self._params) if AVERAGE in self.state[n]]
+            if not pairs:
+                raise ValueError("ema_decay: expected a number in some parameter group, got none")
+            if self._shows_averages:
+                raise RuntimeError("averaged: expected the parameters in their arrays, got their averages")
+            self._check_writeable(False)
+            self._plan.forget()
+            back: list[Change] = [(param, ..., param.copy()) for param, _ in pairs]
+            back.append((self.__dict__, "_shows_averages", False))
+            assign([(self.__dict__, "_shows_averages", True), *((param, ..., average) for param, average in pairs)])
+        try:
+            yield
+        finally:
+            with self._lock:
+                assign(back)
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of all state arrays, by name of the state."""
+        sizes: Counter[str] = Counter()
+        for own in self.state.values():
+            for key, array in own.items():
+                sizes[key] += array.nbytes
+        return dict(sizes)
 
     # ---- Saving and loading ----
 
@@ -501,7 +567,7 @@ class Optimizer:
                 if strict:
                     raise ValueError(f"state_dict['state'][{name!r}]: expected state arrays, got none")
                 continue
-            wanted = kernels[group].states
+            wanted = kernels[group].arrays
             if set(loaded[name]) != set(wanted):
                 raise ValueError(f"state_dict['state'][{name!r}]: expected {sorted(wanted)}, got {sorted(loaded[name])}")
             states[name] = {}

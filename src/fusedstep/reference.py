@@ -29,7 +29,7 @@ __all__ = ["adadelta", "adagrad", "adam", "adamw", "rmsprop", "sgd"]
 
 
 class Stages(TypedDict, total=False):
-    """What can be done to a gradient before the rule sees it, in this order; the same for every rule."""
+    """What can be done to a gradient before the rule, in this order, and to the parameter; the same for every rule."""
 
     grad_scale: float
     """Divide the gradient by this (default 1)."""
@@ -47,6 +47,8 @@ class Stages(TypedDict, total=False):
     """See ``weight_decay`` (default False)."""
     l1: float
     """Then add ``l1 * sign(param)`` (default 0)."""
+    bounds: tuple[float, float] | None
+    """After the rule, bound every element of the parameter to ``[lower, upper]`` (default None: no bounds)."""
 
 
 # ---- Storage and stages -------------------------------------------------------------------------------------------------
@@ -89,6 +91,7 @@ def operands(
     weight_decay: float = 0.0,
     decoupled_weight_decay: bool = False,
     l1: float = 0.0,
+    bounds: tuple[float, float] | None = None,
 ) -> Iterator[list[Array]]:
     """Flat arrays ``[p, g, *states]`` in the compute type for a rule to work on; what it leaves there is stored."""
     real = compute_dtype(param.dtype)
@@ -106,8 +109,19 @@ def operands(
         if l1 != 0:
             g += l1 * np.sign(p)
         yield [p, g, *s]
+        if bounds is not None:
+            lower, upper = p.dtype.type(bounds[0]), p.dtype.type(bounds[1])
+            p = np.where(p < lower, lower, np.where(p > upper, upper, p))  # a NaN stays one
         for array, run in zip(stored, [p, *s]):
             array[...] = run.reshape(array.shape)
+
+
+def move_average(average: Array, param: Array, ema_decay: float) -> None:
+    """Move an average towards the parameter as it is stored: ``average += (1 - ema_decay) * (param - average)``."""
+    real = compute_dtype(param.dtype)
+    with np.errstate(all="ignore"):
+        a = average.astype(real)
+        average[...] = a + (1 - ema_decay) * (param.astype(real) - a)
 
 
 def require_buffer(momentum_buffer: Array | None, momentum: float) -> None:

@@ -1,0 +1,203 @@
+"""What follows the rule: bounds, averages, clearing of the gradients."""
+
+import numpy as np
+import pytest
+
+import fusedstep as fs
+from fusedstep import database
+
+BACKENDS = ["c", "reference"]
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def values(n=2000, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal(n).astype(dtype)
+
+
+# ---- Averages -----------------------------------------------------------------------------------------------------------
+
+
+@backends
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_average_follows_the_stored_parameter(backend, dtype):
+    w, real = values(dtype=dtype), np.float64 if dtype == np.float64 else np.float32
+    opt = fs.SGD({"w": w}, lr=0.125, ema_decay=0.9, backend=backend)
+    wanted = w.astype(real)
+    np.testing.assert_array_equal(opt.averages["w"], wanted)
+    for seed in range(5):
+        opt.step({"w": values(seed=seed)})
+        wanted += real(1 - 0.9) * (w.astype(real) - wanted)
+        np.testing.assert_array_equal(opt.averages["w"], wanted)
+        assert opt.averages["w"].dtype == real
+
+
+def test_average_of_torch():
+    swa_utils = pytest.importorskip("torch.optim.swa_utils")
+    import torch
+
+    w = values(dtype=np.float64)
+    opt = fs.SGD(w, lr=0.1, ema_decay=0.8)
+    theirs, average = torch.from_numpy(w.copy()), swa_utils.get_ema_avg_fn(0.8)
+    for seed in range(20):
+        opt.step(values(seed=seed, dtype=np.float64))
+        theirs = average(theirs, torch.from_numpy(w), seed)
+    np.testing.assert_allclose(opt.averages["0"], theirs.numpy(), rtol=1e-12)
+
+
+@backends
+def test_equal_average_is_the_mean(backend):
+    w = values(dtype=np.float64)
+    opt = fs.SGD(w, lr=0.1, ema_decay=fs.schedules.equal_average(start=3), backend=backend)
+    seen = []
+    for seed in range(10):
+        opt.step(values(seed=seed, dtype=np.float64))
+        seen.append(w.copy())
+        wanted = np.mean(seen[3:], axis=0) if seed > 3 else w
+        np.testing.assert_allclose(opt.averages["0"], wanted, rtol=1e-12)
+
+
+@backends
+def test_a_skipped_step_moves_no_average(backend):
+    w = values()
+    opt = fs.Adam(w, ema_decay=0.5, nonfinite="skip", backend=backend)
+    opt.step(values(seed=1))
+    before = opt.averages["0"].copy()
+    bad = values(seed=2)
+    bad[7] = np.nan
+    assert not opt.step(bad).applied
+    np.testing.assert_array_equal(opt.averages["0"], before)
+
+
+@backends
+def test_averaged(backend):
+    half = values(50, dtype=np.float16)
+    w, v, u = values(), values(300).reshape(20, 15).T, values(7)
+    groups = [{"params": {"w": w, "v": v, "half": half}, "ema_decay": 0.75}, {"params": {"u": u}}]
+    opt = fs.Adam(groups, lr=0.1, backend=backend)
+    grads = [{"w": values(seed=1), "v": values(300).reshape(15, 20), "half": half.copy()}, {"u": u.copy()}]
+    opt.step(grads)
+    before = [a.copy() for a in (w, v, half, u)]
+    averages = {name: a.copy() for name, a in opt.averages.items()}
+    assert list(averages) == ["w", "v", "half"]
+    with pytest.raises(ZeroDivisionError), opt.averaged():  # noqa: PT012
+        np.testing.assert_array_equal(w, averages["w"])
+        np.testing.assert_array_equal(v, averages["v"])
+        np.testing.assert_array_equal(half, averages["half"].astype(np.float16))
+        np.testing.assert_array_equal(u, before[3])
+        with pytest.raises(RuntimeError, match="expected the parameters in their arrays, got their averages"):
+            opt.step(grads)
+        with (
+            pytest.raises(RuntimeError, match="expected the parameters in their arrays, got their averages"),
+            opt.averaged(),
+        ):
+            pass
+        raise ZeroDivisionError
+    for array, wanted in zip((w, v, half, u), before):
+        np.testing.assert_array_equal(array, wanted)
+    for name, wanted in averages.items():
+        np.testing.assert_array_equal(opt.averages[name], wanted)
+    assert opt.step(grads).step == 2
+
+
+def test_averaged_without_averages():
+    opt = fs.SGD(values())
+    assert opt.averages == {}
+    with pytest.raises(ValueError, match="ema_decay: expected a number in some parameter group, got none"), opt.averaged():
+        pass
+
+
+def test_averages_are_saved(tmp_path):
+    pytest.importorskip("safetensors")
+    w, other = values(), values(seed=5)
+    opt, resumed = fs.Adam({"w": w}, ema_decay=0.9), fs.Adam({"w": other}, ema_decay=0.9)
+    opt.step({"w": values(seed=1)})
+    fs.save(tmp_path / "x.safetensors", opt)
+    checkpoint = fs.load(tmp_path / "x.safetensors", resumed)
+    np.testing.assert_array_equal(checkpoint.state_dict["state"]["w"]["average"], opt.averages["w"])
+    for _ in range(3):
+        opt.step({"w": values(seed=2)})
+        resumed.step({"w": values(seed=2)})
+    np.testing.assert_array_equal(w, other)
+    np.testing.assert_array_equal(resumed.averages["w"], opt.averages["w"])
+
+
+def test_averages_come_and_go():
+    w = values()
+    opt = fs.SGD(w)
+    opt.step(values(seed=1))
+    opt.param_groups[0]["ema_decay"] = 0.5
+    at = w.copy()
+    opt.step(values(seed=2))
+    np.testing.assert_array_equal(opt.averages["0"], at + np.float32(0.5) * (w - at))
+    opt.param_groups[0]["ema_decay"] = None
+    opt.step(values(seed=3))
+    assert opt.averages == {}
+
+
+def test_nbytes():
+    opt = fs.Adam({"w": values(1000), "h": values(10, dtype=np.float16)}, ema_decay=0.9)
+    assert opt.nbytes == {"exp_avg": 4040, "exp_avg_sq": 4040, "average": 4040}
+    assert fs.SGD(values()).nbytes == {}
+
+
+# ---- Bounds -------------------------------------------------------------------------------------------------------------
+
+
+@backends
+def test_bounds(backend):
+    w = np.array([-1.0, 0.0, 1.0, np.nan, 5.0], np.float32)
+    opt = fs.SGD(w, lr=1.0, bounds=(-0.5, 2), backend=backend)
+    opt.step(np.array([1, 0.25, -0.25, 0, 0], np.float32))
+    np.testing.assert_array_equal(w, np.array([-0.5, -0.25, 1.25, np.nan, 2.0], np.float32))
+    opt.param_groups[0]["bounds"] = (None, 1)
+    opt.step(np.full(5, 1, np.float32))
+    np.testing.assert_array_equal(w, np.array([-1.5, -1.25, 0.25, np.nan, 1.0], np.float32))
+
+
+def test_non_negative_least_squares():
+    rng = np.random.default_rng(3)
+    a, target = rng.standard_normal((40, 5)), rng.standard_normal(40)
+    x = np.ones(5)
+    opt = fs.SGD(x, lr=0.01, bounds=(0, None))
+    for _ in range(3000):
+        opt.step(a.T @ (a @ x - target))
+    slope = a.T @ (a @ x - target)
+    assert (x >= 0).all()
+    assert (x == 0).any()
+    assert np.abs(slope[x > 0]).max() < 1e-10
+    assert (slope[x == 0] >= 0).all()
+
+
+# ---- Clearing -----------------------------------------------------------------------------------------------------------
+
+
+def shared_gradients():
+    """Gradients that share memory with one another, or within themselves."""
+    room = values(4000, seed=9)
+    sliding = np.lib.stride_tricks.as_strided(room[:2100], (3, 1000), (400, 4))
+    return {
+        "the same twice": [room[:2000], room[:2000]],
+        "overlapping": [room[:2000], room[1000:3000]],
+        "interleaved": [room[::2], room[1::2]],
+        "apart": [room[:2000], room[2000:]],
+        "broadcast": [np.lib.stride_tricks.as_strided(room, (2000,), (0,)), room[2000:]],
+        "sliding": [sliding, room[3000:]],
+    }
+
+
+@pytest.mark.parametrize("kind", list(shared_gradients()))
+@pytest.mark.parametrize("options", [{}, database.OPTIONS[-1]], ids=["plain", "busy"])
+def test_gradients_that_share_memory_are_used_before_they_are_cleared(kind, options):
+    results = []
+    for zero_grads in (False, True):
+        grads = shared_gradients()[kind]
+        params = [values(g.size, seed=i).reshape(g.shape) for i, g in enumerate(grads)]
+        opt = fs.Adam(params, lr=0.1, num_threads=1, **options)
+        for _ in range(2):  # the second time the short way
+            opt.step(grads, zero_grads=zero_grads)
+            assert not zero_grads or not any(grad.any() for grad in grads)
+            for grad, fresh in zip(grads, shared_gradients()[kind]):
+                grad[...] = fresh
+        results.append([*params, *(a for own in opt.state.values() for a in own.values())])
+    for without, with_clearing in zip(*results):
+        np.testing.assert_array_equal(without, with_clearing)
