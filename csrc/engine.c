@@ -428,15 +428,71 @@ static void update_tile(const fs_work *w, const fs_array *array, size_t t, char 
         clear_tile(w->k, array, t, copy[FS_GRAD]);
 }
 
+/* ---- Small states: block by block in the order of the parameter's memory ---- */
+
+static unsigned long long mix(unsigned long long z)
+{
+    z += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+}
+
+/* Of the random bits of a block, by seed, step, array and pair of states. */
+static uint32_t random_key(const fs_plan *plan, size_t array, int pair, size_t block)
+{
+    return (uint32_t)mix(mix(mix(mix(plan->seed) + (unsigned long long)plan->step) + 2 * array + (unsigned)pair) + block);
+}
+
+static void update_small(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t end, char *const *copy)
+{
+    const fs_array *array = &plan->arrays[i];
+    for (; start < end; start += FS_BLOCK) {
+        const size_t count = min_size(end - start, FS_BLOCK);
+        void *at[FS_N_OPERANDS] = {NULL};
+        for (int o = 0; o < FS_AVERAGE; o++)
+            if (array->operand[o].data)
+                at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
+        update_row(w, count, at, copy[FS_GRAD]);
+        fs_store_in_memory_order(w->k, array, FS_PARAM, start, count, at[FS_PARAM], NULL);
+        uint32_t random[FS_BLOCK];
+        for (int o = FS_STATE; o < FS_AVERAGE; o++) {
+            const int pair = (o - FS_STATE) / 2;
+            if (!array->operand[o].data)
+                break;
+            if ((o - FS_STATE) % 2 == 0)
+                w->k->random(count, random_key(plan, i, pair, start / FS_BLOCK), random);
+            fs_store_in_memory_order(w->k, array, o, start, count, at[o], random);
+        }
+        if (w->average) {
+            at[FS_PARAM] = fs_load_in_memory_order(w->k, array, FS_PARAM, start, count, copy[FS_PARAM]);    /* rounded */
+            at[FS_AVERAGE] = fs_load_in_memory_order(w->k, array, FS_AVERAGE, start, count, copy[FS_AVERAGE]);
+            w->k->average(count, at[FS_AVERAGE], at[FS_PARAM], w->group->average_weight);
+            fs_store_in_memory_order(w->k, array, FS_AVERAGE, start, count, at[FS_AVERAGE], NULL);
+        }
+        if (w->clear) {
+            at[FS_GRAD] = fs_load_in_memory_order(w->k, array, FS_GRAD, start, count, copy[FS_GRAD]);
+            memset(at[FS_GRAD], 0, count * array->item);
+            fs_store_in_memory_order(w->k, array, FS_GRAD, start, count, at[FS_GRAD], NULL);
+        }
+    }
+}
+
 static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
 {
     const fs_array *array = &pass->plan->arrays[i];
     const fs_work w = work_on(pass, i);
+    char *copy[FS_N_OPERANDS];
+    if (array->has_small) {
+        for (int o = 0; o < FS_N_OPERANDS; o++)
+            copy[o] = (char *)tile->run[o];
+        update_small(&w, pass->plan, i, start, end, copy);
+        return;
+    }
     if (array->is_run) {
         update_run(&w, array, start, end, tile);
         return;
     }
-    char *copy[FS_N_OPERANDS];
     for (int o = 0; o < FS_N_OPERANDS; o++)
         copy[o] = (char *)tile + array->copy_offset[o];
     const size_t end_tile = fs_first_tile(array, end);

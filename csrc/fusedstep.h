@@ -13,6 +13,7 @@
 enum {
     FS_BLOCK = 1024,     /* elements in a tile, and in one partial sum */
     FS_LANES = 16,       /* interleaved accumulators of a partial sum */
+    FS_SCALED = 256,     /* neighbours that share the scale of an 8-bit state */
     FS_MAX_STATES = 3,
     FS_MAX_HYPER = 8,    /* hyper-parameters of a rule */
     FS_MAX_COEFS = 16    /* per-step coefficients of a rule */
@@ -20,8 +21,9 @@ enum {
 
 typedef enum { FS_OK, FS_OUT_OF_MEMORY, FS_UNKNOWN_RULE, FS_BAD_LEVEL } fs_status;
 
-/* Storage types. The first two are also the compute types; halves compute in float32. */
-typedef enum { FS_FLOAT32, FS_FLOAT64, FS_FLOAT16, FS_BFLOAT16 } fs_dtype;
+/* Storage types. The first two are also the compute types; halves compute in float32. The last two are for states alone:
+ * floats of 8 bits, of either sign (4 bits of exponent, 3 of mantissa) or of none (5 and 3), relative to a scale. */
+typedef enum { FS_FLOAT32, FS_FLOAT64, FS_FLOAT16, FS_BFLOAT16, FS_INT8, FS_UINT8 } fs_dtype;
 
 /* What a non-finite gradient does to the step. */
 typedef enum { FS_NONFINITE_STOP, FS_NONFINITE_ZERO, FS_NONFINITE_PROPAGATE } fs_nonfinite;
@@ -55,13 +57,12 @@ typedef struct {
     char *data;                    /* NULL for none */
     fs_dtype dtype;
     bool aligned;
+    bool is_small;                 /* a state in a small type, without strides */
     ptrdiff_t *strides;            /* in bytes, one per dimension */
+    float *scales;                 /* of 8-bit states, one for every FS_SCALED elements in the order of the parameter's memory */
 } fs_operand;
 
-/* A dimension of one array, or several that one stride walks. */
-typedef struct { size_t size; ptrdiff_t stride; } fs_dim;
-
-/* A dimension that all operands are walked along together, in pieces of `chunk` elements. */
+/* A dimension that operands are walked along together, or several merged; in tiles, in pieces of `chunk` elements. */
 typedef struct { size_t size, chunk, n_chunks; ptrdiff_t stride[FS_N_OPERANDS]; } fs_loop;
 
 typedef struct {
@@ -73,14 +74,15 @@ typedef struct {
     ptrdiff_t *shape;
     fs_operand operand[FS_N_OPERANDS];
     /* Two ways through the elements. Sums take the gradient in C order, whatever its layout, for the same bits: */
-    int n_grad_dims;
-    fs_dim *grad_dims;
+    int n_grad_loops;
+    fs_loop *grad_loops;
     bool grad_is_transposed;       /* jumps from cache line to cache line in C order, and not across */
     /* All else goes through all operands in the order in which the parameter lies in memory, tile by tile (tiles.c): */
     int n_loops, across;           /* a tile extends along the last loop, and across this one */
     fs_loop *loops;
     size_t n_blocks, blocks_per_tile, n_tiles;
     bool is_run;                   /* all operands are whole runs, to be used where they lie */
+    bool has_small;                /* some operand is small */
     size_t copy_offset[FS_N_OPERANDS];    /* in the tile's memory, of operands that have to be copied */
     void *memory;                  /* that all these pointers point into */
 } fs_array;
@@ -119,6 +121,7 @@ typedef struct {
     fs_norm *norms;
     double *clip_factors;
     double step;                   /* number of steps applied */
+    unsigned long long seed;       /* of random rounding */
 } fs_plan;
 
 typedef struct {
@@ -146,6 +149,10 @@ void fs_plan_free(fs_plan *plan);
 
 /* Say where an operand lies; strides in bytes. A run of the compute type is used in place, all else goes through tiles. */
 void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool aligned, const ptrdiff_t *strides);
+
+/* The same for a state in a small type (bfloat16, with scales NULL, or of 8 bits), in the order of the parameter's memory
+ * and without gaps. Such states are rounded at random: up as often as the distance to the value below calls for. */
+void fs_array_set_small(fs_array *array, int operand, void *data, fs_dtype dtype, float *scales);
 size_t fs_dtype_size(fs_dtype dtype);
 
 /* The first half of all that is done: look at the gradients and decide. If report->applied is false, the second half must

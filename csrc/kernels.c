@@ -128,6 +128,50 @@ enum { SIDE = 16, AHEAD = 32 };
         }                                                                                                        \
     }
 
+/* ---- Small states --------------------------------------------------------------------------------------------------- */
+
+/* 32 random bits for each key and element of a block. */
+INLINE uint32_t random_bits(uint32_t key, uint32_t element)
+{
+    uint32_t x = key + element * 0x9e3779b9u;
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+INLINE uint16_t float32_to_bfloat16_at_random(float x, uint32_t random)
+{
+    const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffff;
+    const uint32_t rounded = magnitude >= 0x7f800000 ? bits : bits + random;
+    return (uint16_t)((rounded >> 16) | (magnitude > 0x7f800000 ? 0x40 : 0));
+}
+
+/* A code is the upper bits of a float, 3 of them mantissa, of the magnitude plus `least`: in steps of an eighth of that from 0
+ * on, which double whenever the sum does. All is relative to a scale, a power of two of which the largest of FS_SCALED elements
+ * is 1 to 2 times; least = 2^-31 makes codes of 8 bits, 2^-15 of 7 beside a sign. */
+INLINE float from_code(uint32_t code, float least)
+{
+    return float_from_bits((code << 20) + float_bits(least)) - least;
+}
+
+INLINE uint32_t to_code(float magnitude, float least, uint32_t largest_code, uint32_t random)
+{
+    const uint32_t code = (float_bits(magnitude + least) - float_bits(least) + (random << 4)) >> 20;
+    return code < largest_code ? code : largest_code;
+}
+
+/* The scale for elements of at most this magnitude (its bits), which is finite; and its inverse. */
+static float scale_of(uint32_t largest)
+{
+    return float_from_bits((largest < 1u << 23 ? 1u << 23 : largest) & 0x7f800000);
+}
+
+static float inverse_scale_of(uint32_t largest)
+{
+    const uint32_t exponent = float_bits(scale_of(largest)) >> 23;
+    return exponent == 254 ? 0x1p-127f : float_from_bits((254 - exponent) << 23);
+}
+
 /* ---- Rules -------------------------------------------------------------------------------------------------------- */
 
 #include "rules.def"    /* hyper-parameters and coefficients */

@@ -6,7 +6,7 @@
 
 size_t fs_dtype_size(fs_dtype dtype)
 {
-    static const size_t sizes[] = {4, 8, 2, 2};
+    static const size_t sizes[] = {4, 8, 2, 2, 1, 1};
     return sizes[dtype];
 }
 
@@ -18,15 +18,15 @@ fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape)
 {
     const size_t n = (size_t)n_dims;
     /* One more loop and dimension than the array has: a tile needs two loops. */
-    const size_t loops = (n + 2) * sizeof(fs_loop), dims = (n + 1) * sizeof(fs_dim);
+    const size_t loops = (n + 2) * sizeof(fs_loop), grad_loops = (n + 1) * sizeof(fs_loop);
     const size_t lengths = (1 + FS_N_OPERANDS) * n * sizeof(ptrdiff_t);
-    char *memory = calloc(1, loops + dims + lengths);
+    char *memory = calloc(1, loops + grad_loops + lengths);
     if (!memory)
         return FS_OUT_OF_MEMORY;
     *array = (fs_array){.size = 1, .group = array->group, .n_dims = n_dims, .memory = memory};
     array->loops = (fs_loop *)memory;
-    array->grad_dims = (fs_dim *)(memory + loops);
-    array->shape = (ptrdiff_t *)(memory + loops + dims);
+    array->grad_loops = (fs_loop *)(memory + loops);
+    array->shape = (ptrdiff_t *)(memory + loops + grad_loops);
     for (int o = 0; o < FS_N_OPERANDS; o++)
         array->operand[o].strides = array->shape + (size_t)(1 + o) * n;
     for (int d = 0; d < n_dims; d++) {
@@ -40,21 +40,21 @@ fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape)
 static void arrange_grad(fs_array *array)
 {
     const ptrdiff_t *strides = array->operand[FS_GRAD].strides;
-    fs_dim *dims = array->grad_dims;
+    fs_loop *loops = array->grad_loops;
     int n = 0;
     for (int d = 0; d < array->n_dims; d++) {
-        const size_t size = (size_t)array->shape[d];
-        if (size == 1)
+        fs_loop loop = {.size = (size_t)array->shape[d], .stride[FS_GRAD] = strides[d]};
+        if (loop.size == 1)
             continue;
-        if (n > 0 && dims[n - 1].stride == strides[d] * array->shape[d])
-            dims[n - 1] = (fs_dim){dims[n - 1].size * size, strides[d]};
-        else
-            dims[n++] = (fs_dim){size, strides[d]};
+        if (n > 0 && loops[n - 1].stride[FS_GRAD] == strides[d] * array->shape[d])
+            loop.size *= loops[--n].size;
+        loops[n++] = loop;
     }
     if (n == 0)
-        dims[n++] = (fs_dim){1, (ptrdiff_t)fs_dtype_size(array->operand[FS_GRAD].dtype)};
-    array->n_grad_dims = n;
-    array->grad_is_transposed = n > 1 && llabs(dims[n - 1].stride) >= CACHE_LINE && llabs(dims[n - 2].stride) < CACHE_LINE;
+        loops[n++] = (fs_loop){.size = 1, .stride[FS_GRAD] = (ptrdiff_t)fs_dtype_size(array->operand[FS_GRAD].dtype)};
+    array->n_grad_loops = n;
+    array->grad_is_transposed = n > 1 && llabs(loops[n - 1].stride[FS_GRAD]) >= CACHE_LINE &&
+                                llabs(loops[n - 2].stride[FS_GRAD]) < CACHE_LINE;
 }
 
 static bool are_one(const fs_loop *outer, const fs_loop *inner)
@@ -76,7 +76,7 @@ static void arrange_loops(fs_array *array)
         if (loop.size == 1)
             continue;
         for (int o = 0; o < FS_N_OPERANDS; o++)
-            loop.stride[o] = array->operand[o].data ? array->operand[o].strides[d] : 0;
+            loop.stride[o] = array->operand[o].data && !array->operand[o].is_small ? array->operand[o].strides[d] : 0;
         int place = n++;
         for (; place > 1 && llabs(loops[place - 1].stride[FS_PARAM]) < llabs(loop.stride[FS_PARAM]); place--)
             loops[place] = loops[place - 1];
@@ -201,41 +201,90 @@ void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool
         array->is_run = array->is_run && (!array->operand[o].data || rows_are_runs(array, o));
 }
 
-/* ---- The gradient in C order ---------------------------------------------------------------------------------------- */
+void fs_array_set_small(fs_array *array, int operand, void *data, fs_dtype dtype, float *scales)
+{
+    array->has_small = true;
+    array->operand[operand].is_small = true;
+    array->operand[operand].data = data;
+    array->operand[operand].dtype = dtype;
+    array->operand[operand].scales = scales;
+}
+
+/* ---- Any part of an operand, as a run ------------------------------------------------------------------------------- */
+
+/* Load or store elements [start, start + count) of an operand, in the order of these loops. */
+static void move(const fs_kernels *k, const fs_array *array, int o, const fs_loop *loops, int n_loops, size_t start,
+                 size_t count, void *run, bool store)
+{
+    const fs_operand *operand = &array->operand[o];
+    const int last = n_loops - 1;
+    const fs_loop *inner = &loops[last];
+    while (count > 0) {
+        char *data = operand->data;
+        size_t rest = start, column = 0, row = 0;
+        for (int l = last; l >= 0; l--) {
+            const size_t index = rest % loops[l].size;
+            rest /= loops[l].size;
+            data += (ptrdiff_t)index * loops[l].stride[o];
+            if (l == last)
+                column = index;
+            else if (l == last - 1)
+                row = index;
+        }
+        size_t n_rows = 1, n_columns = min_size(count, inner->size - column);
+        if (last > 0 && n_columns == inner->size)
+            n_rows = min_size(count / n_columns, loops[last - 1].size - row);
+        const ptrdiff_t outer = last > 0 ? loops[last - 1].stride[o] : 0;
+        if (store)
+            k->store[operand->dtype](n_rows, n_columns, run, data, outer, inner->stride[o]);
+        else
+            k->load[operand->dtype](n_rows, n_columns, run, data, outer, inner->stride[o]);
+        const size_t n = n_rows * n_columns;
+        run = (char *)run + n * array->item;
+        start += n;
+        count -= n;
+    }
+}
 
 const void *fs_grad_in_c_order(const fs_array *array)
 {
-    if (array->n_grad_dims > 1 || !is_run(array, FS_GRAD, array->grad_dims[0].stride))
+    if (array->n_grad_loops > 1 || !is_run(array, FS_GRAD, array->grad_loops[0].stride[FS_GRAD]))
         return NULL;
     return array->operand[FS_GRAD].data;
 }
 
 void fs_load_in_c_order(const fs_kernels *k, const fs_array *array, size_t start, size_t count, void *run)
 {
-    const fs_operand *grad = &array->operand[FS_GRAD];
-    const int last = array->n_grad_dims - 1;
-    const fs_dim *dims = array->grad_dims, *inner = &dims[last];
-    while (count > 0) {
-        const char *data = grad->data;
-        size_t rest = start, column = 0, row = 0;
-        for (int d = last; d >= 0; d--) {
-            const size_t index = rest % dims[d].size;
-            rest /= dims[d].size;
-            data += (ptrdiff_t)index * dims[d].stride;
-            if (d == last)
-                column = index;
-            else if (d == last - 1)
-                row = index;
-        }
-        size_t n_rows = 1, n_columns = min_size(count, inner->size - column);
-        if (last > 0 && n_columns == inner->size)
-            n_rows = min_size(count / n_columns, dims[last - 1].size - row);
-        k->load[grad->dtype](n_rows, n_columns, run, data, last > 0 ? dims[last - 1].stride : 0, inner->stride);
-        const size_t n = n_rows * n_columns;
-        run = (char *)run + n * array->item;
-        start += n;
-        count -= n;
-    }
+    move(k, array, FS_GRAD, array->grad_loops, array->n_grad_loops, start, count, run, false);
+}
+
+static bool is_one_run(const fs_array *array, int o)
+{
+    return array->n_loops == 2 && is_run(array, o, array->loops[1].stride[o]);
+}
+
+void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int o, size_t start, size_t count, void *run)
+{
+    const fs_operand *operand = &array->operand[o];
+    if (operand->is_small)
+        k->load_small[operand->dtype](count, run, operand->data + start * fs_dtype_size(operand->dtype),
+                                      operand->scales ? &operand->scales[start / FS_SCALED] : NULL);
+    else if (is_one_run(array, o))
+        return operand->data + start * array->item;
+    else
+        move(k, array, o, array->loops, array->n_loops, start, count, run, false);
+    return run;
+}
+
+void fs_store_in_memory_order(const fs_kernels *k, const fs_array *array, int o, size_t start, size_t count, void *run,
+                              const uint32_t *random)
+{
+    const fs_operand *operand = &array->operand[o];
+    if (operand->is_small)
+        k->store_small[operand->dtype](count, run, operand->data + start * fs_dtype_size(operand->dtype),
+                                       operand->scales ? &operand->scales[start / FS_SCALED] : NULL, random, (o - FS_STATE) % 2);
+    else if (!is_one_run(array, o))
+        move(k, array, o, array->loops, array->n_loops, start, count, run, true);
 }
 
 /* ---- All operands, tile by tile ------------------------------------------------------------------------------------- */

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .reference import compute_dtype
-
 Array = NDArray[Any]
 
 DTYPES = "float32, float64, float16 or bfloat16"
@@ -55,10 +53,11 @@ def check_dtype(array: Array, label: str) -> None:
         raise TypeError(f"{label}: expected native byte order, got {array.dtype.str}")
 
 
-def as_writeable(value: Any, label: str) -> Array:
+def as_writeable(value: Any, label: str, any_dtype: bool = False) -> Array:
     """`value` as an array that can be changed in place."""
     array = as_array(value, label)
-    check_dtype(array, label)
+    if not any_dtype:
+        check_dtype(array, label)
     if not array.flags.writeable:
         raise ValueError(f"{label}: expected a writeable array, got a read-only one")
     if overlaps_itself(array):
@@ -73,13 +72,12 @@ def as_gradient(value: Any, label: str) -> Array:
     return array
 
 
-def check_state(array: Array, param: Array, label: str) -> None:
-    """Refuse what cannot be a state array of this parameter."""
-    dtype = compute_dtype(param.dtype)
+def check_state(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any], label: str) -> None:
+    """Refuse what cannot be a state array of this shape and dtype."""
     if array.dtype != dtype:
         raise TypeError(f"{label}: expected dtype {dtype}, got {array.dtype}")
-    if array.shape != param.shape:
-        raise ValueError(f"{label}: expected shape {param.shape}, got {array.shape}")
+    if array.shape != shape:
+        raise ValueError(f"{label}: expected shape {shape}, got {array.shape}")
 
 
 def overlaps_itself(array: Array) -> bool:

@@ -46,13 +46,15 @@ class ReferencePlan:
     def __init__(
         self,
         params: list[Array],
-        states: list[tuple[Array, ...]],
+        states: list[tuple[tuple[Array, Array | None], ...]],
         groups: list[int],
         rules: list[Any],
         averages: list[Array | None] | None = None,
+        seed: int = 0,
     ) -> None:
         self.params, self.states, self.groups, self.rules = params, states, groups, rules
         self.averages = averages or [None] * len(params)
+        self.seed = seed
         self.grads: Any = None  # a list of arrays, once any are bound
         self.values: list[dict[str, Any]] = [{} for _ in rules]
         self.stages: list[dict[str, Any]] = []
@@ -113,9 +115,10 @@ class ReferencePlan:
         changes: list[Change] = []
         if apply:
             for i, (param, states) in enumerate(zip(self.params, self.states)):
-                new = [param.copy(), *(state.copy() for state in states)]
+                stored = [array for pair in states for array in pair if array is not None]
+                new = [param.copy(), *(array.copy() for array in stored)]
                 self._update(i, *new)
-                changes += zip([param, *states], itertools.repeat(...), new)
+                changes += zip([param, *stored], itertools.repeat(...), new)
                 average = self.averages[i]
                 if average is not None:
                     new_average = average.copy()
@@ -134,10 +137,18 @@ class ReferencePlan:
             changes.append((grad, ..., g.reshape(grad.shape).astype(grad.dtype)))
         assign(changes)
 
-    def _update(self, i: int, param: Array, *states: Array) -> None:
+    def _update(self, i: int, param: Array, *stored: Array) -> None:
         rule, state_names = self.rules[self.groups[i]]
         values = {k: v for k, v in self.values[self.groups[i]].items() if k in keywords(rule)}
+        rest = iter(stored)
+        pairs = [(next(rest), None if scales is None else next(rest)) for _, scales in self.states[i]]
+        axes, real = reference.memory_axes(self.params[i]), reference.compute_dtype(param.dtype)
+        states = [reference.load_state(state, scales, axes, real) for state, scales in pairs]
         rule(param, self.grads[i], **dict(zip(state_names, states)), step=self.steps + 1, **self.stages[i], **values)
+        for number, (values_of, (state, scales)) in enumerate(zip(states, pairs)):
+            if reference.is_small(state):
+                random = reference.random_halves(self.seed, self.steps + 1, i, number, param.size)
+                reference.store_state(values_of, state, scales, axes, random)
 
     def _measure(
         self, grad_scale: float, clip_norm: float | None, nonfinite: str

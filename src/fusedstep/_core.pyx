@@ -43,6 +43,7 @@ cdef extern from "numpy/arrayobject.h" nogil:
     const ptrdiff_t *PyArray_DIMS(PyArrayObject *)
     const ptrdiff_t *PyArray_STRIDES(PyArrayObject *)
     int PyArray_TYPE(PyArrayObject *)
+    int PyArray_ITEMSIZE(PyArrayObject *)
     bint PyArray_ISALIGNED(PyArrayObject *)
     bint PyArray_ISNOTSWAPPED(PyArrayObject *)
     bint PyArray_ISWRITEABLE(PyArrayObject *)
@@ -61,6 +62,8 @@ cdef extern from "fusedstep.h" nogil:
         FS_FLOAT64
         FS_FLOAT16
         FS_BFLOAT16
+        FS_INT8
+        FS_UINT8
 
     ctypedef enum fs_nonfinite:
         FS_NONFINITE_STOP
@@ -94,6 +97,7 @@ cdef extern from "fusedstep.h" nogil:
         FS_STATE
         FS_AVERAGE
         FS_N_OPERANDS
+        FS_MAX_STATES
 
     ctypedef struct fs_operand:
         char *data
@@ -120,6 +124,7 @@ cdef extern from "fusedstep.h" nogil:
         fs_group *groups
         fs_norm *norms
         double step
+        unsigned long long seed
 
     ctypedef struct fs_options:
         double grad_scale, clip_norm, clip_factor
@@ -137,6 +142,7 @@ cdef extern from "fusedstep.h" nogil:
     fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape)
     size_t fs_dtype_size(fs_dtype dtype)
     void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bint aligned, const ptrdiff_t *strides)
+    void fs_array_set_small(fs_array *array, int operand, void *data, fs_dtype dtype, float *scales)
     void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report)
     void fs_update(fs_plan *plan, const fs_options *options)
     void fs_clear(fs_plan *plan, const fs_options *options)
@@ -269,6 +275,13 @@ cdef int set_operand(fs_array *place, int operand, cnp.ndarray array) except -1:
     return 0
 
 
+cdef int set_small_operand(fs_array *place, int operand, cnp.ndarray array, cnp.ndarray scales) except -1:
+    cdef int dtype = FS_INT8 if array.dtype == "i1" else FS_UINT8 if array.dtype == "u1" else dtype_code(array)
+    fs_array_set_small(place, operand, PyArray_DATA(<PyArrayObject *>array), <fs_dtype>dtype,
+                       NULL if scales is None else <float *>PyArray_DATA(<PyArrayObject *>scales))
+    return 0
+
+
 cdef bint has_shape(const fs_array *place, PyArrayObject *array) noexcept:
     cdef int d
     if PyArray_NDIM(array) != place.n_dims:
@@ -362,6 +375,9 @@ cdef class Lock:
         PyThread_release_lock(self.lock)
 
 
+# A plan writes each operand of a parameter, and the scales of its states.
+cdef enum: N_WRITTEN = FS_N_OPERANDS + FS_MAX_STATES
+
 # Below so many elements a step is over sooner than the GIL is released and taken again.
 cdef enum: N_SMALL = 20_000
 
@@ -372,14 +388,16 @@ cdef class Plan:
     Parameters
     ----------
     params : list of ndarray
-    states : list of tuple of ndarray
-        State arrays of each parameter, in the rule's order.
+    states : list of tuple of (ndarray, ndarray or None)
+        State arrays of each parameter, in the rule's order, and the scales of those of 8 bits.
     groups : list of int
         Index into ``rules`` for each parameter.
     rules : list of (str or None)
         The kernel of each group; None for a plan that only measures or clips gradients.
     averages : list of (ndarray or None), optional
         The average of each parameter.
+    seed : int
+        Of the random rounding of small states.
     """
 
     cdef fs_plan *plan
@@ -387,13 +405,14 @@ cdef class Plan:
     cdef list params, states, averages, places
     cdef readonly list grads    # None before any are bound
     cdef int apart              # whether no elements of gradients share memory; -1: to be found out
-    cdef PyArrayObject **written    # parameters and states by array and operand, NULL where none; owned by the lists
+    cdef PyArrayObject **written    # what a step writes, by array, NULL where none; owned by the lists
     cdef size_t n_spans         # address ranges of what a step writes, apart and in order: first address, end, ...
     cdef size_t *spans
     cdef list seen              # what `repeat` expects: each group's dictionary, and its keys and values in turn
     cdef tuple seen_options     # clip_norm, nonfinite, num_threads
 
-    def __cinit__(self, list params, list states, list groups, list rules, list averages=None):
+    def __cinit__(self, list params, list states, list groups, list rules, list averages=None,
+                  unsigned long long seed=0):
         cdef fs_array *array
         cdef PyArrayObject *param
         cdef size_t i, s
@@ -412,7 +431,7 @@ cdef class Plan:
                 check(FS_UNKNOWN_RULE)
             self.plan.groups[i].rule = RULES[rule]
             self.places.append(_hyper_places(RULES[rule]))
-        self.written = <PyArrayObject **>PyMem_Calloc(len(params) * FS_N_OPERANDS + 1, sizeof(PyArrayObject *))
+        self.written = <PyArrayObject **>PyMem_Calloc(len(params) * N_WRITTEN + 1, sizeof(PyArrayObject *))
         if self.written == NULL:
             check(FS_OUT_OF_MEMORY)
         for i in range(len(params)):
@@ -424,9 +443,10 @@ cdef class Plan:
             if rules[groups[i]] is not None and len(states[i]) != fs_rule_states(self.plan.groups[array.group].rule):
                 raise ValueError(f"rule {rules[groups[i]]} has another number of states than {len(states[i])}")
             for s in range(len(states[i])):
-                self.set_written(i, FS_STATE + <int>s, states[i][s])
+                self.set_state(i, <int>s, states[i][s][0], states[i][s][1])
             if averages is not None and averages[i] is not None:
                 self.set_written(i, FS_AVERAGE, averages[i])
+        self.plan.seed = seed
         check(fs_plan_finish(self.plan))
 
     def __dealloc__(self):
@@ -436,7 +456,16 @@ cdef class Plan:
 
     cdef int set_written(self, size_t i, int operand, cnp.ndarray array) except -1:
         set_operand(&self.plan.arrays[i], operand, array)
-        self.written[i * FS_N_OPERANDS + operand] = <PyArrayObject *>array
+        self.written[i * N_WRITTEN + operand] = <PyArrayObject *>array
+        return 0
+
+    cdef int set_state(self, size_t i, int s, cnp.ndarray array, cnp.ndarray scales) except -1:
+        if scales is None and array.dtype.name != "bfloat16":
+            return self.set_written(i, FS_STATE + s, array)
+        set_small_operand(&self.plan.arrays[i], FS_STATE + s, array, scales)
+        self.written[i * N_WRITTEN + FS_STATE + s] = <PyArrayObject *>array
+        if scales is not None:
+            self.written[i * N_WRITTEN + FS_N_OPERANDS + s] = <PyArrayObject *>scales
         return 0
 
     # ---- Gradients ----
@@ -514,9 +543,9 @@ cdef class Plan:
     cdef int find_spans(self) except -1:
         cdef size_t i, first, end
         cdef list found = []
-        for i in range(self.plan.n_arrays * FS_N_OPERANDS):
+        for i in range(self.plan.n_arrays * N_WRITTEN):
             if self.written[i] != NULL:
-                find_span(self.written[i], fs_dtype_size(<fs_dtype>known_dtype(self.written[i])), &first, &end)
+                find_span(self.written[i], <size_t>PyArray_ITEMSIZE(self.written[i]), &first, &end)
                 if first < end:
                     found.append((first, end))
         self.spans = <size_t *>PyMem_Malloc((2 * len(found) + 1) * sizeof(size_t))
@@ -537,7 +566,7 @@ cdef class Plan:
         """The index of the first parameter that cannot be written; -1 if there is none."""
         cdef size_t i
         for i in range(self.plan.n_arrays):
-            if not PyArray_ISWRITEABLE(self.written[i * FS_N_OPERANDS]):
+            if not PyArray_ISWRITEABLE(self.written[i * N_WRITTEN]):
                 return <Py_ssize_t>i
         return -1
 
@@ -545,7 +574,7 @@ cdef class Plan:
         """The index of the first parameter that no longer lies where it did; -1 if there is none."""
         cdef size_t i
         for i in range(self.plan.n_arrays):
-            if not lies_at(&self.plan.arrays[i], FS_PARAM, self.written[i * FS_N_OPERANDS]):
+            if not lies_at(&self.plan.arrays[i], FS_PARAM, self.written[i * N_WRITTEN]):
                 return <Py_ssize_t>i
         return -1
 
@@ -678,7 +707,7 @@ cdef class Plan:
             self.bind(leaves)
         self.grads = leaves
         for i in range(self.plan.n_arrays):
-            param = self.written[i * FS_N_OPERANDS]
+            param = self.written[i * N_WRITTEN]
             if not PyArray_ISWRITEABLE(param) or not lies_at(&self.plan.arrays[i], FS_PARAM, param):
                 return None
             if zero_grads and not cnp.PyArray_ISWRITEABLE(self.grads[i]):

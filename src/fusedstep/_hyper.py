@@ -22,6 +22,8 @@ class Options(TypedDict, total=False):
     clip_norm_per_array: Hyper | None
     bounds: tuple[float | None, float | None] | None
     ema_decay: Hyper | None
+    state_dtype: str | None
+    seed: int
     nonfinite: str
     convention: str
     backend: str
@@ -39,6 +41,8 @@ OPTION_DEFAULTS: dict[str, Any] = {
     "clip_norm_per_array": None,
     "bounds": None,
     "ema_decay": None,
+    "state_dtype": None,
+    "seed": 0,
     "nonfinite": "raise",
     "convention": "torch",
     "backend": "c",
@@ -47,9 +51,12 @@ OPTION_DEFAULTS: dict[str, Any] = {
 }
 
 # Options of the whole optimizer; the others may differ between parameter groups.
-GLOBAL_OPTIONS = ("clip_norm", "nonfinite", "convention", "backend", "num_threads", "allocate_state")
+GLOBAL_OPTIONS = (
+    "clip_norm", "state_dtype", "seed", "nonfinite", "convention", "backend", "num_threads", "allocate_state",
+)  # fmt: skip
 
 CHOICES = {
+    "state_dtype": (None, "float32", "bfloat16", "int8"),
     "nonfinite": ("raise", "skip", "zero", "propagate"),
     "convention": ("torch",),
     "backend": ("c", "reference"),
@@ -165,6 +172,13 @@ def check_choice(name: str, value: Any, label: str | None = None) -> None:
     if value not in CHOICES[name]:
         listed = ", ".join(repr(choice) for choice in CHOICES[name])
         raise ValueError(f"{label or name}: expected one of {listed}, got {value!r}")
+
+
+def check_seed(value: Any, label: str = "seed") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{label}: expected a whole number, got {value!r}")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{label}: expected a whole number in [0, 2**64), got {value}")
 
 
 def check_num_threads(value: Any, label: str = "num_threads") -> None:

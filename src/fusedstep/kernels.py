@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _arrays, _backends, _hyper, rules
+from . import _arrays, _backends, _hyper, reference, rules
 from .optimizer import Optimizer
 
 STAGE_DEFAULTS = {
@@ -70,12 +70,14 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         if grad.shape != param.shape:
             raise ValueError(f"grad: expected shape {param.shape}, got {grad.shape}")
         for name, array in zip(states, arrays):
-            _arrays.check_state(array, param, name)
+            _arrays.check_state(array, param.shape, reference.compute_dtype(param.dtype), name)
         written = list(zip(["param", *states], [param, *arrays]))
         _arrays.check_overlaps(written)
         _arrays.check_overlaps(written, [("grad", grad)])
 
-        plan = _backends.require_core().Plan([param], [arrays], [0], [optimizer._kernel_name(states, values)])
+        plan = _backends.require_core().Plan(
+            [param], [tuple((array, None) for array in arrays)], [0], [optimizer._kernel_name(states, values)]
+        )
         plan.steps = given["step"] - 1
         plan.bind([grad])
         plan.set_group(0, values)

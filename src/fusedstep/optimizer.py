@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import operator
 import threading
@@ -22,8 +23,10 @@ from .errors import NonFiniteGradientError
 Array = NDArray[Any]
 
 STATE_DICT_VERSION = 1
+FLOAT32 = np.dtype(np.float32)
 AVERAGE = "average"  # the state array that `ema_decay` calls for
-SAVED_OPTIONS = ("clip_norm", "nonfinite")  # of the whole optimizer; groups save theirs
+SCALE = "_scale"  # ends the name of the array that goes with an 8-bit state
+SAVED_OPTIONS = ("clip_norm", "seed", "nonfinite")  # of the whole optimizer; groups save theirs
 
 
 class StepReport(NamedTuple):
@@ -41,12 +44,12 @@ class StepReport(NamedTuple):
     """Names of the arrays whose gradients held inf or nan, with the number of such elements."""
 
 
-class NewState(NamedTuple):
-    """A state array to be made."""
+class StateSpec(NamedTuple):
+    """What a state array of a parameter is to be."""
 
-    name: str
-    key: str
-    param: Array
+    like: Array
+    """Of its shape, and in its memory layout."""
+    dtype: np.dtype[Any]
     fill: float | Array
 
 
@@ -56,11 +59,7 @@ class Kernel(NamedTuple):
     name: str
     states: tuple[str, ...]
     averages: bool
-    """Whether it is followed by an average of the parameters, which is a further state array."""
-
-    @property
-    def arrays(self) -> tuple[str, ...]:
-        return (*self.states, AVERAGE) if self.averages else self.states
+    """Whether the average of the parameters follows, which is a further state array."""
 
 
 class Optimizer:
@@ -121,6 +120,7 @@ class Optimizer:
     # What a rule's class defines.
     _rule: ClassVar[Callable[..., None]]
     _option_defaults: ClassVar[dict[str, Any]] = {}
+    _non_negative_states: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -164,6 +164,11 @@ class Optimizer:
         self.backend: str = defaults["backend"]
         self.num_threads: int | None = defaults["num_threads"]
         self.clip_norm: Hyper | None = defaults["clip_norm"]
+        _hyper.check_seed(defaults["seed"])
+        self.seed: int = defaults["seed"]
+        self.state_dtype: str | None = defaults["state_dtype"]
+        if self.state_dtype == "bfloat16":
+            require_bfloat16()
         self._allocate_state: Callable[[str, tuple[int, ...], Any], Any] | None = defaults["allocate_state"]
         if self._allocate_state is not None and not callable(self._allocate_state):
             raise TypeError(f"allocate_state: expected a callable or None, got {self._allocate_state!r}")
@@ -234,31 +239,62 @@ class Optimizer:
     def _check_hyper(values: Mapping[str, Any]) -> None:
         """Refuse combinations of hyper-parameters that have no meaning."""
 
+    @staticmethod
+    def _check_small(values: Mapping[str, Any]) -> None:
+        """Refuse hyper-parameters that do not go with rounded state."""
+
     def _prepare_plan(self, values: list[dict[str, Any]], steps: int) -> None:
         """Have a plan, with the state arrays it needs, that knows these hyper-parameters."""
         if len(values) == len(self._in_plan) and all(new is old for new, old in zip(values, self._in_plan)):
             return
         kernels = [self._kernel(v) for v in values]
+        for group_values in values if self.state_dtype in ("bfloat16", "int8") else ():
+            self._check_small(group_values)
         if kernels != self._kernels:
             state = self._completed(kernels, values)
-            assign(self._adoption(self._make_plan(kernels, state, steps), kernels, state))
+            assign(self._adoption(self._make_plan(kernels, state, steps, self.seed), kernels, state))
         self._in_plan = []
         for i, group_values in enumerate(values):
             self._plan.set_group(i, group_values)
         self._in_plan = values
 
+    def _specs(self, kernel: Kernel, values: Mapping[str, Any], param: Array) -> dict[str, StateSpec]:
+        """The state arrays of a parameter by name."""
+        real = reference.compute_dtype(param.dtype)
+        specs: dict[str, StateSpec] = {}
+        for key in kernel.states:
+            dtype = self._state_dtype_of(key, real)
+            specs[key] = StateSpec(param, dtype, self._initial_state(key, values))
+            if dtype in reference.LEAST:
+                specs[key + SCALE] = StateSpec(np.empty(-(-param.size // reference.SCALED), np.float32), FLOAT32, 0.0)
+        if kernel.averages:
+            specs[AVERAGE] = StateSpec(param, real, param)
+        return specs
+
+    def _state_dtype_of(self, key: str, real: np.dtype[Any]) -> np.dtype[Any]:
+        if self.state_dtype is None:
+            return real
+        if self.state_dtype == "int8":
+            return np.dtype(np.uint8 if key in self._non_negative_states else np.int8)
+        return np.dtype(self.state_dtype)
+
     def _completed(self, kernels: list[Kernel], values: list[dict[str, Any]]) -> dict[str, dict[str, Array]]:
         """The state arrays that the kernels need: those there, and new ones for the others."""
         owners = list(zip(self._names, self._params, self._group_of))
-        missing = [
-            NewState(name, key, param, param if key == AVERAGE else self._initial_state(key, values[group]))
-            for name, param, group in owners
-            for key in kernels[group].arrays
-            if key not in self.state[name]
-        ]
+        specs = {name: self._specs(kernels[group], values[group], param) for name, param, group in owners}
+        missing = [(name, key) for name, own in specs.items() for key in own if key not in self.state[name]]
         there = {(name, key): array for name, own in self.state.items() for key, array in own.items()}
-        there.update(zip([(new.name, new.key) for new in missing], self._new_states(missing)))
-        completed = {name: {key: there[name, key] for key in kernels[group].arrays} for name, _, group in owners}
+        there.update(zip(missing, self._new_states([(f"{n}.{key}", specs[n][key]) for n, key in missing])))
+        completed = {name: {key: there[name, key] for key in own} for name, own in specs.items()}
+        for name, key in missing:
+            _, dtype, fill = specs[name][key]
+            if dtype in reference.LEAST and np.any(fill):
+                param = specs[name][key].like
+                full = np.full_like(param, fill, np.float32)
+                scales = completed[name][key + SCALE]
+                reference.store_state(full, completed[name][key], scales, reference.memory_axes(param))
+            elif self._allocate_state is not None or np.any(fill):
+                completed[name][key][...] = fill
         if self._allocate_state is not None:
             written = [*self._labelled("params", self._params), *state_labels(completed)]
             _arrays.check_overlaps(written)
@@ -266,32 +302,33 @@ class Optimizer:
                 _arrays.check_overlaps(written, self._labelled("grads", self._plan.grads))
         return completed
 
-    def _new_states(self, missing: list[NewState]) -> list[Array]:
+    def _new_states(self, wanted: list[tuple[str, StateSpec]]) -> list[Array]:
         allocate = self._allocate_state
-        dtypes = [reference.compute_dtype(new.param.dtype) for new in missing]
         if allocate is None:
-            arrays = _arrays.zeros_together(zip([new.param for new in missing], dtypes))
-        else:
-            arrays = []
-            for new, dtype in zip(missing, dtypes):
-                label = f"allocate_state({f'{new.name}.{new.key}'!r})"
-                arrays.append(_arrays.as_writeable(allocate(f"{new.name}.{new.key}", new.param.shape, dtype), label))
-                _arrays.check_state(arrays[-1], new.param, label)
-        for array, new in zip(arrays, missing):
-            if allocate is not None or np.any(new.fill):
-                array[...] = new.fill
+            return _arrays.zeros_together((spec.like, spec.dtype) for _, spec in wanted)
+        arrays = []
+        for name, (like, dtype, _) in wanted:
+            label = f"allocate_state({name!r})"
+            array = _arrays.as_writeable(allocate(name, like.shape, dtype), label, any_dtype=dtype in reference.LEAST)
+            _arrays.check_state(array, like.shape, dtype, label)
+            in_order = np.shares_memory(reference.in_order(array, reference.memory_axes(like)), array)
+            if reference.is_small(array) and array.size and not in_order:
+                raise ValueError(f"{label}: expected the order of its parameter in memory, got strides {array.strides}")
+            arrays.append(array)
         return arrays
 
-    def _make_plan(self, kernels: list[Kernel], state: dict[str, dict[str, Array]], steps: int) -> Any:
+    def _make_plan(self, kernels: list[Kernel], state: dict[str, dict[str, Array]], steps: int, seed: int) -> Any:
         states = [
-            tuple(state[name][key] for key in kernels[group].states) for name, group in zip(self._names, self._group_of)
+            tuple((state[name][key], state[name].get(key + SCALE)) for key in kernels[group].states)
+            for name, group in zip(self._names, self._group_of)
         ]
         averages = [state[name].get(AVERAGE) for name in self._names]
         if self.backend == "c":
-            plan = _backends.core.Plan(self._params, states, self._group_of, [kernel.name for kernel in kernels], averages)
+            names = [kernel.name for kernel in kernels]
+            plan = _backends.core.Plan(self._params, states, self._group_of, names, averages, seed)
         else:
             rules = [(type(self)._rule, kernel.states) for kernel in kernels]
-            plan = _backends.ReferencePlan(self._params, states, self._group_of, rules, averages)
+            plan = _backends.ReferencePlan(self._params, states, self._group_of, rules, averages, seed)
         plan.steps = steps
         if self._plan is not None and self._plan.grads is not None:
             plan.bind(self._plan.grads)
@@ -474,6 +511,7 @@ class Optimizer:
             "step": steps,
             "options": {key: value for key in SAVED_OPTIONS if not has_callable(value := getattr(self, key))},
             "state": {name: dict(own) for name, own in self.state.items()},
+            "memory_axes": {name: reference.memory_axes(param) for name, param in zip(self._names, self._params)},
             "param_groups": [
                 {key: value for key, value in group.items() if key != "params" and not has_callable(value)}
                 for group in self.param_groups
@@ -518,9 +556,10 @@ class Optimizer:
         groups = self._loaded_groups(state_dict["param_groups"], strict)
         values = self._resolve(groups, int(step))
         kernels = [self._kernel(v) for v in values]
-        loaded = self._loaded_states(state_dict["state"], kernels, strict)
+        loaded = self._loaded_states(state_dict["state"], state_dict.get("memory_axes", {}), kernels, values, strict)
         state = self._completed(kernels, values)
-        changes += self._adoption(self._make_plan(kernels, state, int(step)), kernels, state)
+        seed = state_dict["options"].get("seed", self.seed)
+        changes += self._adoption(self._make_plan(kernels, state, int(step), seed), kernels, state)
         changes += [(group, key, new[key]) for group, new in zip(self.param_groups, groups) for key in new]
         return changes + [(state[name][key], ..., array) for name, own in loaded.items() for key, array in own.items()]
 
@@ -530,6 +569,8 @@ class Optimizer:
             raise ValueError(f"{label}: expected a mapping with keys among {', '.join(SAVED_OPTIONS)}, got {loaded!r}")
         if "clip_norm" in loaded:
             _hyper.resolve("clip_norm", loaded["clip_norm"], 0, f"{label}['clip_norm']")
+        if "seed" in loaded:
+            _hyper.check_seed(loaded["seed"], f"{label}['seed']")
         if "nonfinite" in loaded:
             _hyper.check_choice("nonfinite", loaded["nonfinite"], f"{label}['nonfinite']")
         return [(self.__dict__, key, value) for key, value in loaded.items() if not has_callable(getattr(self, key))]
@@ -554,8 +595,12 @@ class Optimizer:
                     group[key] = value
         return groups
 
-    def _loaded_states(self, loaded: Any, kernels: list[Kernel], strict: bool) -> dict[str, dict[str, Array]]:
-        """The loaded state arrays, checked."""
+    def _loaded_states(
+        self, loaded: Any, memory_axes: Any, kernels: list[Kernel], values: list[dict[str, Any]], strict: bool
+    ) -> dict[str, dict[str, Array]]:
+        """The loaded state arrays, checked, in the types they have here."""
+        if not isinstance(memory_axes, Mapping):
+            raise TypeError(f"state_dict['memory_axes']: expected a mapping, got {memory_axes!r}")
         if not isinstance(loaded, Mapping) or not all(isinstance(own, Mapping) for own in loaded.values()):
             raise TypeError(f"state_dict['state']: expected a mapping of mappings, got {loaded!r}")
         states: dict[str, dict[str, Array]] = {}
@@ -567,14 +612,19 @@ class Optimizer:
                 if strict:
                     raise ValueError(f"state_dict['state'][{name!r}]: expected state arrays, got none")
                 continue
-            wanted = kernels[group].arrays
-            if set(loaded[name]) != set(wanted):
-                raise ValueError(f"state_dict['state'][{name!r}]: expected {sorted(wanted)}, got {sorted(loaded[name])}")
+            specs = self._specs(kernels[group], values[group], param)
+            own = {k: _arrays.as_array(a, f"state_dict['state'][{name!r}][{k!r}]") for k, a in loaded[name].items()}
+            wanted = {key for key in specs if not key.endswith(SCALE)}
+            scales = {key + SCALE for key in wanted if key in own and own[key].dtype in reference.LEAST}
+            if set(own) != wanted | scales:
+                raise ValueError(f"state_dict['state'][{name!r}]: expected {sorted(wanted | scales)}, got {sorted(own)}")
+            axes = memory_axes.get(name, reference.memory_axes(param))
+            if not isinstance(axes, (list, tuple)) or sorted(axes) != list(range(param.ndim)):
+                raise ValueError(f"state_dict['memory_axes'][{name!r}]: expected an order of the axes, got {axes!r}")
             states[name] = {}
-            for key in wanted:
+            for key in sorted(wanted):
                 label = f"state_dict['state'][{name!r}][{key!r}]"
-                states[name][key] = _arrays.as_array(loaded[name][key], label)
-                _arrays.check_state(states[name][key], param, label)
+                states[name] |= in_form_of(specs, key, own, param, list(axes), label)
         return states
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -589,6 +639,26 @@ class Optimizer:
         return f"<{type(self).__name__} after {self.steps} steps{groups}>"
 
 
+def in_form_of(
+    specs: dict[str, StateSpec], key: str, own: dict[str, Array], param: Array, axes: list[int], label: str
+) -> dict[str, Array]:
+    """A loaded state, and its scales if it is of 8 bits, as a parameter wants it; from another type to the nearest."""
+    array, scales, wanted, here = own[key], own.get(key + SCALE), specs[key].dtype, reference.memory_axes(param)
+    real = reference.compute_dtype(param.dtype)
+    is_known = reference.is_small(array) or array.dtype == real
+    _arrays.check_state(array, param.shape, array.dtype if is_known else wanted, label)
+    if scales is not None:
+        _arrays.check_state(scales, (-(-param.size // reference.SCALED),), FLOAT32, label + SCALE)
+    if array.dtype == wanted and (scales is None or axes == here):
+        return {key: array} if scales is None else {key: array, key + SCALE: scales}
+    exact = reference.load_state(array, scales, axes, real)
+    if wanted not in reference.LEAST:
+        return {key: exact.astype(wanted)}
+    codes, new_scales = np.empty(param.shape, wanted), np.empty(specs[key + SCALE].like.shape, np.float32)
+    reference.store_state(exact, codes, new_scales, here)
+    return {key: codes, key + SCALE: new_scales}
+
+
 def state_labels(state: Mapping[str, Mapping[str, Array]]) -> list[tuple[str, Array]]:
     return [(f"state[{name!r}][{key!r}]", array) for name, own in state.items() for key, array in own.items()]
 
@@ -600,6 +670,13 @@ def is_groups(params: Any) -> bool:
         and len(params) > 0
         and all(isinstance(item, Mapping) and "params" in item for item in params)
     )
+
+
+def require_bfloat16() -> None:
+    try:
+        importlib.import_module("ml_dtypes")  # which tells NumPy of the type
+    except ImportError as error:
+        raise ImportError(f'state_dtype="bfloat16" needs ml_dtypes ({error}): pip install ml_dtypes') from None
 
 
 def has_callable(value: Any) -> bool:

@@ -124,6 +124,114 @@ def move_average(average: Array, param: Array, ema_decay: float) -> None:
         average[...] = a + (1 - ema_decay) * (param.astype(real) - a)
 
 
+# ---- Small states -------------------------------------------------------------------------------------------------------
+
+SCALED = 256
+"""Neighbours that share the scale of an 8-bit state."""
+
+# A code is the upper bits of a float32, 3 of them mantissa, of the magnitude plus `least`: in steps of an eighth of that from 0
+# on, which double whenever the sum does. All is relative to a scale, a power of two of which the largest of SCALED elements is
+# 1 to 2 times. That makes codes of 8 bits for states that cannot be negative, of 7 beside a sign for the others.
+LEAST = {np.dtype(np.int8): np.float32(2.0**-15), np.dtype(np.uint8): np.float32(2.0**-31)}
+
+
+def is_small(state: Array) -> bool:
+    """Whether a state is stored in a small type and rounded at random."""
+    return state.dtype in LEAST or state.dtype.name == "bfloat16"
+
+
+def memory_axes(param: Array) -> list[int]:
+    """The axes of a parameter in the order of its memory, in which small states have their blocks."""
+    return sorted(range(param.ndim), key=lambda axis: -abs(param.strides[axis]))
+
+
+def in_order(array: Array, axes: list[int]) -> Array:
+    """The elements of an array, flat, in an order of memory; a view if they lie so."""
+    return array.transpose(axes).reshape(-1)
+
+
+def mix(z: int | Array) -> Any:
+    """64 bits that look random, from 64 that count (splitmix64)."""
+    z = (z + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return z ^ z >> 31
+
+
+def random_halves(seed: int, step: int, array: int, state: int, size: int) -> Array:
+    """16 random bits for each element of a state, by seed, step, numbers of array and state, and place."""
+    first = mix(mix(mix(seed) + step) + 2 * array + state // 2)
+    keys = np.array(
+        [mix((first + block) & 0xFFFFFFFFFFFFFFFF) & 0xFFFFFFFF for block in range(-(-size // BLOCK))], np.uint32
+    )
+    x = (keys[:, None] + np.arange(BLOCK, dtype=np.uint32) * np.uint32(0x9E3779B9)).reshape(-1)[:size]
+    x = (x ^ x >> 16) * np.uint32(0x7FEB352D)
+    x = (x ^ x >> 15) * np.uint32(0x846CA68B)
+    x ^= x >> 16
+    halves: Array = x >> 16 if state % 2 else x & 0xFFFF
+    return halves
+
+
+def load_state(state: Array, scales: Array | None, axes: list[int], dtype: np.dtype[Any]) -> Array:
+    """A state for its rule: itself, or a small one in the compute type."""
+    if not is_small(state):
+        return state
+    loaded = load_small(in_order(state, axes), scales).astype(dtype)
+    return loaded.reshape([state.shape[axis] for axis in axes]).transpose([axes.index(a) for a in range(state.ndim)])
+
+
+def store_state(values: Array, state: Array, scales: Array | None, axes: list[int], random: Array | None = None) -> None:
+    """The reverse for a small state; by default each value goes to the nearest."""
+    if random is None:
+        random = np.full(values.size, 0x8000, np.uint32)
+    with np.errstate(all="ignore"):
+        flat = in_order(values, axes).astype(np.float32)
+    codes = np.empty(state.size, state.dtype)
+    store_small(flat, codes, scales, random)
+    state[...] = codes.reshape([state.shape[axis] for axis in axes]).transpose([axes.index(a) for a in range(state.ndim)])
+
+
+def load_small(state: Array, scales: Array | None) -> Array:
+    """A flat small state in float32."""
+    if scales is None:
+        return state.astype(np.float32)
+    least, codes = LEAST[state.dtype], state.view(np.uint8).astype(np.uint32)
+    negative = codes & (0x80 if state.dtype == np.int8 else 0)
+    with np.errstate(all="ignore"):
+        x = ((codes ^ negative) << 20) + least.view(np.uint32)
+        x = (x.view(np.float32) - least) * np.repeat(scales, SCALED)[: x.size]
+    loaded: Array = (x.view(np.uint32) | negative << 24).view(np.float32)
+    return loaded
+
+
+def store_small(values: Array, state: Array, scales: Array | None, random: Array) -> None:
+    """Round flat float32 values into a flat small state: up as often as the distance to the value below calls for.
+
+    ``random`` has 16 bits for each; 0x8000 rounds to the nearest. In a state that cannot be negative, by which rules divide,
+    nothing becomes 0 beside what is not. Neighbours of what is not finite become nan.
+    """
+    bits = values.view(np.uint32)
+    magnitude = bits & 0x7FFFFFFF
+    if scales is None:
+        rounded = np.where(magnitude >= 0x7F800000, bits, bits + random)
+        state.view(np.uint16)[:] = rounded >> 16 | np.where(magnitude > 0x7F800000, np.uint32(0x40), np.uint32(0))
+        return
+    least = LEAST[state.dtype]
+    largest = np.maximum.reduceat(magnitude, np.arange(0, values.size, SCALED)) if values.size else magnitude
+    exponent = (np.clip(largest, 1 << 23, 0x7F800000) >> 23).astype(np.int32)
+    finite = exponent < 255
+    with np.errstate(all="ignore"):
+        scales[:] = np.where(finite, np.ldexp(np.float32(1), exponent - 127), np.float32(np.nan))
+        inverse = np.repeat(np.ldexp(np.float32(1), 127 - exponent), SCALED)[: values.size]
+        sums = magnitude.view(np.float32) * inverse + least
+    is_signed = state.dtype == np.int8
+    code = np.minimum((sums.view(np.uint32) - least.view(np.uint32) + (random << 4)) >> 20, 0x7F if is_signed else 0xFF)
+    code = np.maximum(code, 0 if is_signed else np.repeat(largest > 0, SCALED)[: values.size])
+    if is_signed:
+        code |= bits >> 24 & 0x80
+    state.view(np.uint8)[:] = np.where(np.repeat(finite, SCALED)[: values.size], code, 0)
+
+
 def require_buffer(momentum_buffer: Array | None, momentum: float) -> None:
     """Momentum without a buffer would silently be none."""
     if momentum_buffer is None and momentum != 0:

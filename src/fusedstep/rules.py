@@ -123,6 +123,7 @@ class Adagrad(Optimizer):
     """
 
     _rule = staticmethod(reference.adagrad)
+    _non_negative_states = ("sum",)
 
     def __init__(
         self,
@@ -182,6 +183,7 @@ class Adadelta(Optimizer):
     """
 
     _rule = staticmethod(reference.adadelta)
+    _non_negative_states = ("square_avg", "acc_delta")
 
     def __init__(
         self,
@@ -247,6 +249,7 @@ class RMSprop(Optimizer):
     """
 
     _rule = staticmethod(reference.rmsprop)
+    _non_negative_states = ("square_avg",)
 
     def __init__(
         self,
@@ -260,6 +263,11 @@ class RMSprop(Optimizer):
         **options: Unpack[_hyper.Options],
     ) -> None:
         super().__init__(params, dict(lr=lr, alpha=alpha, eps=eps, momentum=momentum, centered=centered), options)
+
+    @staticmethod
+    def _check_small(values: Mapping[str, Any]) -> None:
+        if values["centered"]:
+            raise ValueError("state_dtype: expected None or 'float32' with centered=True, whose variance is a difference")
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -315,6 +323,7 @@ class Adam(Optimizer):
     """
 
     _rule = staticmethod(reference.adam)
+    _non_negative_states = ("exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
         self,
