@@ -97,8 +97,8 @@ static const void *load_gradient(const fs_pass *pass, const fs_array *array, siz
     return k->unscale(count, tile, tile, pass->options->grad_scale, zero);
 }
 
-/* So many elements are loaded at a time: a block, but of a transposed gradient as many as fit, for its cache lines to be used
- * while they are here. */
+/* So many elements are loaded at a time: a block, but of a transposed gradient as many as fit, for its cache lines to be
+ * used while they are here. */
 static size_t load_size(const fs_array *array)
 {
     return array->grad_is_transposed ? sizeof(fs_tile) / array->item / FS_BLOCK * FS_BLOCK : FS_BLOCK;
@@ -444,8 +444,20 @@ static uint32_t random_key(const fs_plan *plan, size_t array, int pair, size_t b
     return (uint32_t)mix(mix(mix(mix(plan->seed) + (unsigned long long)plan->step) + 2 * array + (unsigned)pair) + block);
 }
 
+/* Have lines of a later block come while this one is computed, which takes longer than the CPU looks ahead; one operand at a
+ * time, since the CPU waits when too many are under way. */
+static void fetch(const fs_array *array, int o, size_t start)
+{
+    const fs_operand *operand = &array->operand[o];
+    const size_t item = fs_dtype_size(operand->dtype);
+    if (operand->data && start + FS_BLOCK <= array->size)
+        for (size_t line = 0; line < FS_BLOCK * item; line += CACHE_LINE)
+            __builtin_prefetch(operand->data + start * item + line);
+}
+
 static void update_small(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t end, char *const *copy)
 {
+    enum { AHEAD = 2 * FS_BLOCK };
     const fs_array *array = &plan->arrays[i];
     for (; start < end; start += FS_BLOCK) {
         const size_t count = min_size(end - start, FS_BLOCK);
@@ -453,7 +465,9 @@ static void update_small(const fs_work *w, const fs_plan *plan, size_t i, size_t
         for (int o = 0; o < FS_AVERAGE; o++)
             if (array->operand[o].data)
                 at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
+        fetch(array, FS_GRAD, start + AHEAD);
         update_row(w, count, at, copy[FS_GRAD]);
+        fetch(array, FS_PARAM, start + AHEAD);
         fs_store_in_memory_order(w->k, array, FS_PARAM, start, count, at[FS_PARAM], NULL);
         uint32_t random[FS_BLOCK];
         for (int o = FS_STATE; o < FS_AVERAGE; o++) {
@@ -462,6 +476,7 @@ static void update_small(const fs_work *w, const fs_plan *plan, size_t i, size_t
                 break;
             if ((o - FS_STATE) % 2 == 0)
                 w->k->random(count, random_key(plan, i, pair, start / FS_BLOCK), random);
+            fetch(array, o, start + AHEAD);
             fs_store_in_memory_order(w->k, array, o, start, count, at[o], random);
         }
         if (w->average) {

@@ -59,7 +59,7 @@ typedef struct {
     bool aligned;
     bool is_small;                 /* a state in a small type, without strides */
     ptrdiff_t *strides;            /* in bytes, one per dimension */
-    float *scales;                 /* of 8-bit states, one for every FS_SCALED elements in the order of the parameter's memory */
+    float *scales;                 /* of 8-bit states, one for FS_SCALED elements in the order of the parameter's memory */
 } fs_operand;
 
 /* A dimension that operands are walked along together, or several merged; in tiles, in pieces of `chunk` elements. */

@@ -146,9 +146,9 @@ INLINE uint16_t float32_to_bfloat16_at_random(float x, uint32_t random)
     return (uint16_t)((rounded >> 16) | (magnitude > 0x7f800000 ? 0x40 : 0));
 }
 
-/* A code is the upper bits of a float, 3 of them mantissa, of the magnitude plus `least`: in steps of an eighth of that from 0
- * on, which double whenever the sum does. All is relative to a scale, a power of two of which the largest of FS_SCALED elements
- * is 1 to 2 times; least = 2^-31 makes codes of 8 bits, 2^-15 of 7 beside a sign. */
+/* A code is the upper bits of a float, 3 of them mantissa, of the magnitude plus `least`: in steps of an eighth of that from
+ * 0 on, which double whenever the sum does. All is relative to a scale, a power of two of which the largest of FS_SCALED
+ * elements is 1 to 2 times; least = 2^-31 makes codes of 8 bits, 2^-15 of 7 beside a sign. */
 INLINE float from_code(uint32_t code, float least)
 {
     return float_from_bits((code << 20) + float_bits(least)) - least;

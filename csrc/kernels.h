@@ -33,7 +33,8 @@ typedef struct {
     void (*random)(size_t n, uint32_t key, uint32_t *bits);
     /* A block of a small state, by its dtype: from storage, and back, rounded with the upper or lower half of such bits. */
     void (*load_small[FS_UINT8 + 1])(size_t n, void *real, const void *data, const float *scales);
-    void (*store_small[FS_UINT8 + 1])(size_t n, const void *real, void *data, float *scales, const uint32_t *random, bool upper);
+    void (*store_small[FS_UINT8 + 1])(size_t n, const void *real, void *data, float *scales, const uint32_t *random,
+                                      bool upper);
     /* The two halves of gradient preparation: what the norm sees, and what only the rule sees. Each returns where the result
      * is: `to`, which may be the gradient itself, or the gradient if there was nothing to do. */
     const void *(*unscale)(size_t n, const void *grad, void *to, double grad_scale, bool zero_nonfinite);

@@ -263,14 +263,20 @@ static bool is_one_run(const fs_array *array, int o)
     return array->n_loops == 2 && is_run(array, o, array->loops[1].stride[o]);
 }
 
+/* The scales of a part of a small state. */
+static float *scales_from(const fs_operand *operand, size_t start)
+{
+    return operand->scales ? operand->scales + start / FS_SCALED : NULL;
+}
+
 void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int o, size_t start, size_t count, void *run)
 {
     const fs_operand *operand = &array->operand[o];
+    char *data = operand->data + start * fs_dtype_size(operand->dtype);
     if (operand->is_small)
-        k->load_small[operand->dtype](count, run, operand->data + start * fs_dtype_size(operand->dtype),
-                                      operand->scales ? &operand->scales[start / FS_SCALED] : NULL);
+        k->load_small[operand->dtype](count, run, data, scales_from(operand, start));
     else if (is_one_run(array, o))
-        return operand->data + start * array->item;
+        return data;
     else
         move(k, array, o, array->loops, array->n_loops, start, count, run, false);
     return run;
@@ -280,9 +286,9 @@ void fs_store_in_memory_order(const fs_kernels *k, const fs_array *array, int o,
                               const uint32_t *random)
 {
     const fs_operand *operand = &array->operand[o];
+    char *data = operand->data + start * fs_dtype_size(operand->dtype);
     if (operand->is_small)
-        k->store_small[operand->dtype](count, run, operand->data + start * fs_dtype_size(operand->dtype),
-                                       operand->scales ? &operand->scales[start / FS_SCALED] : NULL, random, (o - FS_STATE) % 2);
+        k->store_small[operand->dtype](count, run, data, scales_from(operand, start), random, (o - FS_STATE) % 2);
     else if (!is_one_run(array, o))
         move(k, array, o, array->loops, array->n_loops, start, count, run, true);
 }

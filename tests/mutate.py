@@ -45,6 +45,8 @@ C_TESTS = [
     "clip_magnitudes",
     "many_arrays",
     "stages",
+    "after_the_rule",
+    "small_states",
     "runs_have_ends",
     "grad_scale",
     "guard_pages",

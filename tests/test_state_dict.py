@@ -78,7 +78,7 @@ BAD = [
     (
         setting("options", value={"lr": 1}),
         ValueError,
-        "state_dict['options']: expected a mapping with keys among clip_norm, nonfinite, got {'lr': 1}",
+        "state_dict['options']: expected a mapping with keys among clip_norm, seed, nonfinite, got {'lr': 1}",
     ),
     (
         setting("options", "clip_norm", value=0),

@@ -500,6 +500,82 @@ static void test_after_the_rule(void)
     }
 }
 
+/* Small states: a float that comes back is one of the two nearest that can be stored, nothing around is changed, and all
+ * levels and numbers of threads do the same. */
+static void test_small_states(void)
+{
+    enum { N = 5000, N_KINDS = 3, GUARD = 64 };
+    static const struct { fs_dtype dtype; double coarseness, least; } kinds[N_KINDS] = {
+        {FS_BFLOAT16, 1.0 / 128, 0}, {FS_INT8, 1.0 / 8, 0x1p-18}, {FS_UINT8, 1.0 / 8, 0x1p-34}};
+    static const size_t sizes[] = {1, 255, 256, 257, 1023, 1030, 2048, N};
+    enum { SCALES = N / FS_SCALED + 1 };
+    static char expected[FS_MAX_STATES][2 * N + GUARD], data[FS_MAX_STATES][2 * N + GUARD];
+    static float expected_scales[FS_MAX_STATES][SCALES + 1], scales[FS_MAX_STATES][SCALES + 1];
+    for (size_t s = 0; s < LENGTH(sizes); s++) {
+        const trio t = make_trio(FS_FLOAT32, 1, &sizes[s]);
+        const fs_options options = busy(t.initial, find_rule("adam_amsgrad"));
+        const size_t n_scales = (sizes[s] + FS_SCALED - 1) / FS_SCALED;
+        bool first = true;
+        FOR_LEVELS(level)
+            for (int n_threads = 1; n_threads <= 3; n_threads++) {
+                CONTEXT("size %zu, level %s, %d threads", sizes[s], fs_level_name(level), n_threads);
+                fs_plan *plan = fs_plan_new(1, 2);
+                fs_options its_options = options;
+                its_options.n_threads = n_threads;
+                init_flat(&plan->arrays[0], sizes[s]);
+                copy_plan(t.plan, t.initial);
+                copy_settings(plan, t.initial);
+                for (int o = 0; o < FS_STATE; o++)
+                    set_contiguous(&plan->arrays[0], o, operand(t.plan, 0, o)->data, FS_FLOAT32);
+                memset(data, 0, sizeof data);
+                memset(scales, 0, sizeof scales);
+                for (int k = 0; k < N_KINDS; k++) {
+                    const size_t end = sizes[s] * fs_dtype_size(kinds[k].dtype);
+                    memset(&data[k][end], 0x5a, GUARD);
+                    scales[k][n_scales] = 7;
+                    fs_array_set_small(&plan->arrays[0], FS_STATE + k, data[k], kinds[k].dtype, k ? scales[k] : NULL);
+                }
+                CHECK(fs_plan_finish(plan) == FS_OK);
+                take_3_steps(plan, its_options);
+                for (int k = 0; k < N_KINDS; k++) {
+                    const size_t end = sizes[s] * fs_dtype_size(kinds[k].dtype);
+                    for (size_t i = 0; i < GUARD; i++)
+                        CHECK(data[k][end + i] == 0x5a);
+                    CHECK(scales[k][n_scales] == 7);
+                }
+                if (first) {
+                    copy_plan(t.expected, t.plan);
+                    memcpy(expected, data, sizeof data);
+                    memcpy(expected_scales, scales, sizeof scales);
+                }
+                CHECK(same_operand(t.expected, t.plan, FS_PARAM));
+                CHECK(memcmp(expected, data, sizeof data) == 0 && memcmp(expected_scales, scales, sizeof scales) == 0);
+                first = false;
+                fs_plan_free(plan);
+            }
+        free_trio(t);
+    }
+    FOR_LEVELS(level)
+        for (int k = 0; k < N_KINDS; k++)
+            for (int exponent = -120; exponent <= 120; exponent += 24) {
+                const fs_kernels *kernels = fs_kernels_of(level, FS_FLOAT32);
+                float values[FS_BLOCK], found[FS_BLOCK];
+                uint32_t random[FS_BLOCK];
+                CONTEXT("level %s, kind %d, exponent %d", fs_level_name(level), k, exponent);
+                for (size_t i = 0; i < FS_BLOCK; i++) {
+                    const double x = ldexp(random_signed(), exponent - (int)(i % 7));
+                    values[i] = (float)(kinds[k].dtype == FS_UINT8 ? fabs(x) : x);
+                }
+                kernels->random(FS_BLOCK, (uint32_t)exponent, random);
+                kernels->store_small[kinds[k].dtype](FS_BLOCK, values, data[k], scales[k], random, exponent % 48);
+                kernels->load_small[kinds[k].dtype](FS_BLOCK, found, data[k], scales[k]);
+                for (size_t i = 0; i < FS_BLOCK; i++) {
+                    const double error = fabs((double)found[i] - values[i]), coarsest = ldexp(kinds[k].least, exponent + 1);
+                    CHECK(error < kinds[k].coarseness * fabs((double)values[i]) + coarsest + 0x1p-133);
+                }
+            }
+}
+
 /* A grad_scale of 2 and gradients twice as large change nothing. */
 static void test_grad_scale(void)
 {
@@ -1238,12 +1314,12 @@ int main(int argc, char **argv)
     fs_threads_insist(true);
 #define TEST(name) {#name, test_##name}
     static const struct { const char *name; void (*run)(void); } tests[] = {
-        TEST(textbook),       TEST(negative_variance),                TEST(stages),           TEST(after_the_rule),
-        TEST(nonfinite),      TEST(out_of_memory),  TEST(many_arrays),                        TEST(empty_plans),
-        TEST(half_made_plans),                      TEST(scalar),     TEST(norms_of_nonfinite),
-        TEST(clip_nonfinite), TEST(clip_magnitudes), TEST(norms),                TEST(layouts),
-        TEST(runs_have_ends), TEST(grad_scale), TEST(guard_pages),    TEST(fork),           TEST(plans_are_independent), TEST(levels_and_threads),
-        TEST(halves_load_and_store),                TEST(halves_round),          TEST(settings),
+        TEST(textbook), TEST(negative_variance), TEST(stages), TEST(after_the_rule), TEST(small_states),
+        TEST(nonfinite), TEST(out_of_memory), TEST(many_arrays), TEST(empty_plans), TEST(half_made_plans),
+        TEST(scalar), TEST(norms_of_nonfinite), TEST(clip_nonfinite), TEST(clip_magnitudes), TEST(norms),
+        TEST(layouts), TEST(runs_have_ends), TEST(grad_scale), TEST(guard_pages), TEST(fork),
+        TEST(plans_are_independent), TEST(levels_and_threads), TEST(halves_load_and_store), TEST(halves_round),
+        TEST(settings),
     };
     const fs_level best = fs_level_current();
     int n_run = 0, n_failed = 0;

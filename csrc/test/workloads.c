@@ -39,7 +39,8 @@ static void steps_transposed(const char *rule, ptrdiff_t n_rows, ptrdiff_t n_col
     const ptrdiff_t c_order[] = {4 * n_columns, 4}, fortran_order[] = {4, 4 * n_rows};
     fs_plan *flat = make_plan(FS_FLOAT32, 1, &size), *plan = make_plan_like(flat, 2, shape);
     for (int o = 0; o < FS_AVERAGE; o++)
-        fs_array_set(&plan->arrays[0], o, operand(flat, 0, o)->data, FS_FLOAT32, true, o == FS_GRAD ? c_order : fortran_order);
+        fs_array_set(&plan->arrays[0], o, operand(flat, 0, o)->data, FS_FLOAT32, true,
+                     o == FS_GRAD ? c_order : fortran_order);
     const fs_options options = plain(plan, find_rule(rule));
     for (int i = 0; i < STEPS; i++)
         take_step(plan, options);

@@ -46,14 +46,16 @@ class ReferencePlan:
     def __init__(
         self,
         params: list[Array],
-        states: list[tuple[tuple[Array, Array | None], ...]],
+        states: list[tuple[Array, ...]],
         groups: list[int],
         rules: list[Any],
         averages: list[Array | None] | None = None,
+        scales: list[tuple[Array | None, ...]] | None = None,
         seed: int = 0,
     ) -> None:
         self.params, self.states, self.groups, self.rules = params, states, groups, rules
         self.averages = averages or [None] * len(params)
+        self.scales = scales or [(None,) * len(own) for own in states]
         self.seed = seed
         self.grads: Any = None  # a list of arrays, once any are bound
         self.values: list[dict[str, Any]] = [{} for _ in rules]
@@ -115,10 +117,10 @@ class ReferencePlan:
         changes: list[Change] = []
         if apply:
             for i, (param, states) in enumerate(zip(self.params, self.states)):
-                stored = [array for pair in states for array in pair if array is not None]
-                new = [param.copy(), *(array.copy() for array in stored)]
+                scales = [own for own in self.scales[i] if own is not None]
+                new = [param.copy(), *(array.copy() for array in [*states, *scales])]
                 self._update(i, *new)
-                changes += zip([param, *stored], itertools.repeat(...), new)
+                changes += zip([param, *states, *scales], itertools.repeat(...), new)
                 average = self.averages[i]
                 if average is not None:
                     new_average = average.copy()
@@ -137,11 +139,11 @@ class ReferencePlan:
             changes.append((grad, ..., g.reshape(grad.shape).astype(grad.dtype)))
         assign(changes)
 
-    def _update(self, i: int, param: Array, *stored: Array) -> None:
+    def _update(self, i: int, param: Array, *states_and_scales: Array) -> None:
         rule, state_names = self.rules[self.groups[i]]
         values = {k: v for k, v in self.values[self.groups[i]].items() if k in keywords(rule)}
-        rest = iter(stored)
-        pairs = [(next(rest), None if scales is None else next(rest)) for _, scales in self.states[i]]
+        stored, rest = states_and_scales[: len(state_names)], iter(states_and_scales[len(state_names) :])
+        pairs = [(state, None if old is None else next(rest)) for state, old in zip(stored, self.scales[i])]
         axes, real = reference.memory_axes(self.params[i]), reference.compute_dtype(param.dtype)
         states = [reference.load_state(state, scales, axes, real) for state, scales in pairs]
         rule(param, self.grads[i], **dict(zip(state_names, states)), step=self.steps + 1, **self.stages[i], **values)

@@ -388,21 +388,23 @@ cdef class Plan:
     Parameters
     ----------
     params : list of ndarray
-    states : list of tuple of (ndarray, ndarray or None)
-        State arrays of each parameter, in the rule's order, and the scales of those of 8 bits.
+    states : list of tuple of ndarray
+        State arrays of each parameter, in the rule's order.
     groups : list of int
         Index into ``rules`` for each parameter.
     rules : list of (str or None)
         The kernel of each group; None for a plan that only measures or clips gradients.
     averages : list of (ndarray or None), optional
         The average of each parameter.
+    scales : list of tuple of (ndarray or None), optional
+        The scales of states of 8 bits.
     seed : int
         Of the random rounding of small states.
     """
 
     cdef fs_plan *plan
     cdef fs_options options
-    cdef list params, states, averages, places
+    cdef list params, states, averages, scales, places
     cdef readonly list grads    # None before any are bound
     cdef int apart              # whether no elements of gradients share memory; -1: to be found out
     cdef PyArrayObject **written    # what a step writes, by array, NULL where none; owned by the lists
@@ -412,13 +414,14 @@ cdef class Plan:
     cdef tuple seen_options     # clip_norm, nonfinite, num_threads
 
     def __cinit__(self, list params, list states, list groups, list rules, list averages=None,
-                  unsigned long long seed=0):
+                  list scales=None, unsigned long long seed=0):
         cdef fs_array *array
         cdef PyArrayObject *param
         cdef size_t i, s
         self.params = params
         self.states = states
         self.averages = averages
+        self.scales = scales
         self.places = []
         self.plan = fs_plan_new(len(params), len(rules))
         if self.plan == NULL:
@@ -443,7 +446,7 @@ cdef class Plan:
             if rules[groups[i]] is not None and len(states[i]) != fs_rule_states(self.plan.groups[array.group].rule):
                 raise ValueError(f"rule {rules[groups[i]]} has another number of states than {len(states[i])}")
             for s in range(len(states[i])):
-                self.set_state(i, <int>s, states[i][s][0], states[i][s][1])
+                self.set_state(i, <int>s, states[i][s], None if scales is None else scales[i][s])
             if averages is not None and averages[i] is not None:
                 self.set_written(i, FS_AVERAGE, averages[i])
         self.plan.seed = seed

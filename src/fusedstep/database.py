@@ -126,6 +126,13 @@ INVALID = [
     ({"bounds": ("a", None)}, TypeError, "bounds[0]: expected a finite number, got 'a'"),
     ({"ema_decay": 1.5}, ValueError, "ema_decay: expected a number in [0, 1] or None, got 1.5"),
     (
+        {"state_dtype": "int4"},
+        ValueError,
+        "state_dtype: expected one of None, 'float32', 'bfloat16', 'int8', got 'int4'",
+    ),
+    ({"seed": -1}, ValueError, "seed: expected a whole number in [0, 2**64), got -1"),
+    ({"seed": 0.5}, TypeError, "seed: expected a whole number, got 0.5"),
+    (
         {"nonfinite": "ignore"},
         ValueError,
         "nonfinite: expected one of 'raise', 'skip', 'zero', 'propagate', got 'ignore'",
@@ -150,6 +157,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"nonfinite": "propagate"},
     {"bounds": (-0.5, 0.75)},
     {"ema_decay": 0.9},
+    {"state_dtype": "int8", "seed": 3},
+    {"state_dtype": "float32"},
     {
         "weight_decay": 0.1,
         "l1": 0.01,

@@ -75,9 +75,7 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         _arrays.check_overlaps(written)
         _arrays.check_overlaps(written, [("grad", grad)])
 
-        plan = _backends.require_core().Plan(
-            [param], [tuple((array, None) for array in arrays)], [0], [optimizer._kernel_name(states, values)]
-        )
+        plan = _backends.require_core().Plan([param], [arrays], [0], [optimizer._kernel_name(states, values)])
         plan.steps = given["step"] - 1
         plan.bind([grad])
         plan.set_group(0, values)

@@ -93,6 +93,14 @@ class Optimizer:
         Keep an average of the parameters, ``average += (1 - ema_decay) * (param - average)`` after each update, from their
         present values on, as the state ``average``; see :attr:`averages` and :meth:`averaged`. ``ema_warmup`` and
         ``equal_average`` in :mod:`fusedstep.schedules` make averages that forget the start.
+    state_dtype : {None, "float32", "bfloat16", "int8"}
+        What state is kept in, if not in the compute type: "int8" takes a byte for each element, and 4 for the scale of each
+        256 neighbours, as two arrays (``exp_avg`` and ``exp_avg_scale``); "bfloat16" two (and needs ml_dtypes). Each step
+        computes with exact values and then rounds both at random, up as often as the distance to the value below calls for:
+        rounding to the nearest would freeze averages that change by less than a last digit. Averages of parameters and what
+        a rule subtracts from one another are not rounded.
+    seed : int
+        Of that: the same for each seed, step, array and element, with any number of threads.
     nonfinite : {"raise", "skip", "zero", "propagate"}
         What an inf or nan in a gradient does: raise :class:`NonFiniteGradientError`, leave out the step, count as 0, or go
         on unchecked, which saves reading the gradients once more. In the first two cases nothing changes.
@@ -126,6 +134,11 @@ class Optimizer:
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the state arrays these hyper-parameters call for, in the order of the rule's arguments."""
         raise NotImplementedError
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of them that are never kept in a smaller type."""
+        return ()
 
     @classmethod
     def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
@@ -239,17 +252,11 @@ class Optimizer:
     def _check_hyper(values: Mapping[str, Any]) -> None:
         """Refuse combinations of hyper-parameters that have no meaning."""
 
-    @staticmethod
-    def _check_small(values: Mapping[str, Any]) -> None:
-        """Refuse hyper-parameters that do not go with rounded state."""
-
     def _prepare_plan(self, values: list[dict[str, Any]], steps: int) -> None:
         """Have a plan, with the state arrays it needs, that knows these hyper-parameters."""
         if len(values) == len(self._in_plan) and all(new is old for new, old in zip(values, self._in_plan)):
             return
         kernels = [self._kernel(v) for v in values]
-        for group_values in values if self.state_dtype in ("bfloat16", "int8") else ():
-            self._check_small(group_values)
         if kernels != self._kernels:
             state = self._completed(kernels, values)
             assign(self._adoption(self._make_plan(kernels, state, steps, self.seed), kernels, state))
@@ -263,7 +270,7 @@ class Optimizer:
         real = reference.compute_dtype(param.dtype)
         specs: dict[str, StateSpec] = {}
         for key in kernel.states:
-            dtype = self._state_dtype_of(key, real)
+            dtype = real if key in self._exact_states(values) else self._state_dtype_of(key, real)
             specs[key] = StateSpec(param, dtype, self._initial_state(key, values))
             if dtype in reference.LEAST:
                 specs[key + SCALE] = StateSpec(np.empty(-(-param.size // reference.SCALED), np.float32), FLOAT32, 0.0)
@@ -318,17 +325,16 @@ class Optimizer:
         return arrays
 
     def _make_plan(self, kernels: list[Kernel], state: dict[str, dict[str, Array]], steps: int, seed: int) -> Any:
-        states = [
-            tuple((state[name][key], state[name].get(key + SCALE)) for key in kernels[group].states)
-            for name, group in zip(self._names, self._group_of)
-        ]
+        keys = [[(name, key) for key in kernels[group].states] for name, group in zip(self._names, self._group_of)]
+        states = [tuple(state[name][key] for name, key in own) for own in keys]
+        scales = [tuple(state[name].get(key + SCALE) for name, key in own) for own in keys]
         averages = [state[name].get(AVERAGE) for name in self._names]
         if self.backend == "c":
             names = [kernel.name for kernel in kernels]
-            plan = _backends.core.Plan(self._params, states, self._group_of, names, averages, seed)
+            plan = _backends.core.Plan(self._params, states, self._group_of, names, averages, scales, seed)
         else:
             rules = [(type(self)._rule, kernel.states) for kernel in kernels]
-            plan = _backends.ReferencePlan(self._params, states, self._group_of, rules, averages, seed)
+            plan = _backends.ReferencePlan(self._params, states, self._group_of, rules, averages, scales, seed)
         plan.steps = steps
         if self._plan is not None and self._plan.grads is not None:
             plan.bind(self._plan.grads)

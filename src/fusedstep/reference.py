@@ -129,9 +129,9 @@ def move_average(average: Array, param: Array, ema_decay: float) -> None:
 SCALED = 256
 """Neighbours that share the scale of an 8-bit state."""
 
-# A code is the upper bits of a float32, 3 of them mantissa, of the magnitude plus `least`: in steps of an eighth of that from 0
-# on, which double whenever the sum does. All is relative to a scale, a power of two of which the largest of SCALED elements is
-# 1 to 2 times. That makes codes of 8 bits for states that cannot be negative, of 7 beside a sign for the others.
+# A code is the upper bits of a float32, 3 of them mantissa, of the magnitude plus `least`: in steps of an eighth of that
+# from 0 on, which double whenever the sum does. All is relative to a scale, a power of two of which the largest of SCALED
+# elements is 1 to 2 times. That makes codes of 8 bits for states that cannot be negative, of 7 beside a sign for the others.
 LEAST = {np.dtype(np.int8): np.float32(2.0**-15), np.dtype(np.uint8): np.float32(2.0**-31)}
 
 

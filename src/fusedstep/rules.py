@@ -265,9 +265,9 @@ class RMSprop(Optimizer):
         super().__init__(params, dict(lr=lr, alpha=alpha, eps=eps, momentum=momentum, centered=centered), options)
 
     @staticmethod
-    def _check_small(values: Mapping[str, Any]) -> None:
-        if values["centered"]:
-            raise ValueError("state_dtype: expected None or 'float32' with centered=True, whose variance is a difference")
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # Their difference, the variance, may be much smaller than they are.
+        return ("square_avg", "grad_avg") if hyper["centered"] else ()
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:

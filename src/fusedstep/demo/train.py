@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from .. import database
-from .._hyper import at_least_0
+from .._hyper import above_0, at_least_0, from_0_to_1
 from ..errors import NonFiniteGradientError
 from ..progress import progress
+from ..schedules import ema_warmup
 from .data import DataError, Dataset, load
 from .mlp import MLP
 
@@ -29,6 +31,8 @@ class Run:
     seconds: float = 0.0
     train_loss: float = math.nan
     test_accuracy: float = math.nan
+    average_accuracy: float | None = None
+    state_bytes: int = 0
     digest: str = ""
     stopped: str = ""
 
@@ -49,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-loss", type=float, metavar="LOSS", help="stop when the training loss is at most this")
     parser.add_argument("--hidden", type=positive, nargs="*", default=[128], metavar="N", help="sizes of hidden layers")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--state-dtype", choices=["float32", "bfloat16", "int8"], help="what optimizer state is kept in")
+    parser.add_argument("--clip", type=limit, metavar="NORM", help="clip the norm of all gradients")
+    parser.add_argument("--ema", type=decay, metavar="DECAY", help="test the average of the parameters, too")
     parser.add_argument("--backend", choices=["c", "reference"], default="c", help="compiled or NumPy: the same bits")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of a step")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights and the order (default: 0)")
@@ -62,11 +69,23 @@ def positive(text: str) -> int:
     return value
 
 
-def learning_rate(text: str) -> float:
+def checked(check: Callable[[Any, str], float], text: str) -> float:
     try:
-        return at_least_0(float(text), "lr")
+        return check(float(text), "value")
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise argparse.ArgumentTypeError(str(error).removeprefix("value: ")) from error
+
+
+def learning_rate(text: str) -> float:
+    return checked(at_least_0, text)
+
+
+def limit(text: str) -> float:
+    return checked(above_0, text)
+
+
+def decay(text: str) -> float:
+    return checked(from_0_to_1, text)
 
 
 def batch_size(text: str) -> int | None:
@@ -79,7 +98,8 @@ def train(args: argparse.Namespace, data: Dataset, rule: str) -> Run:
     if args.lr is not None:
         settings = {**settings, "lr": args.lr}
     model = MLP([data.train_x.shape[1], *args.hidden, data.n_classes], data.train_x.dtype, args.seed)
-    opt = optimizer(model.params, backend=args.backend, num_threads=args.threads, **settings)
+    options = {"backend": args.backend, "num_threads": args.threads, "state_dtype": args.state_dtype, "clip_norm": args.clip}
+    opt = optimizer(model.params, ema_decay=args.ema and ema_warmup(args.ema), **options, **settings)
     opt.bind(model.grads)
     rng = np.random.default_rng(args.seed)
     n = len(data.train_x)
@@ -113,16 +133,25 @@ def train(args: argparse.Namespace, data: Dataset, rule: str) -> Run:
     run.train_loss = run.losses[-1]
     run.test_accuracy = model.accuracy(data.test_x, data.test_y)
     run.digest = model.digest()
+    run.state_bytes = sum(opt.nbytes.values())
+    if args.ema is not None:
+        with opt.averaged():
+            run.average_accuracy = model.accuracy(data.test_x, data.test_y)
     return run
 
 
 def print_table(runs: list[Run]) -> None:
-    print(f"{'rule':10} epochs {'steps':>7} train loss test accuracy {'step time':>10} {'per step':>10}")
+    of_average = any(run.average_accuracy is not None for run in runs)
+    print(
+        f"{'rule':10} epochs {'steps':>7} train loss test accuracy {'step time':>10} {'per step':>10} {'state':>12}"
+        + (" test accuracy of average" if of_average else "")
+    )
     for run in runs:
         per_step = run.step_seconds / run.steps * 1e6 if run.steps else math.nan
         print(
             f"{run.rule:10} {len(run.losses) - 1:6} {run.steps:7,} {run.train_loss:10.4f} {run.test_accuracy:12.2%}  "
-            f"{run.step_seconds:8.3f} s {per_step:7.1f} µs"
+            f"{run.step_seconds:8.3f} s {per_step:7.1f} µs {run.state_bytes:10,} B"
+            + (f" {run.average_accuracy:24.2%}" if run.average_accuracy is not None else "")
         )
 
 
