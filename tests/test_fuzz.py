@@ -62,7 +62,11 @@ class Optimizers(RuleBasedStateMachine):
         self.optimizer, self.settings = entry.optimizer, {**settings, **options}
         values = [self.rng.standard_normal(shape).astype(dtype) for shape, dtype, _ in arrays]
         self.params = {f"p{i}": laid_out(v, layout) for i, (v, (_, _, layout)) in enumerate(zip(values, arrays))}
-        self.twins = {f"p{i}": v.copy() for i, v in enumerate(values)}
+        # Random rounding belongs to places in the parameter's memory; all else to elements, wherever they lie.
+        alike = options.get("state_dtype") == "int8"
+        self.twins = {
+            f"p{i}": laid_out(v, layout) if alike else v.copy() for i, (v, (_, _, layout)) in enumerate(zip(values, arrays))
+        }
         self.opt = self.optimizer(self.params, **self.settings)
         self.twin = self.optimizer(self.twins, **self.settings, backend="reference")
         self.bound = None

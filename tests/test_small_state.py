@@ -252,6 +252,22 @@ def test_what_is_subtracted_stays_exact():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", ["c", "reference"])
+def test_state_changes_its_type_with_the_rule(backend):
+    w = np.zeros(1000)
+    opt = fs.RMSprop(w, state_dtype="int8", momentum=0.5, backend=backend)
+    opt.step(spread(1000, decades=0))
+    before = opt.state["0"]["square_avg"].copy(), opt.state["0"]["square_avg_scale"].copy()
+    opt.param_groups[0]["centered"] = True
+    values = reference.load_small(*before).astype(np.float64)
+    opt.step(np.zeros(1000))
+    np.testing.assert_array_equal(opt.state["0"]["square_avg"], 0.99 * values + (1 - 0.99) * 0.0)
+    opt.param_groups[0]["centered"] = False
+    opt.step(np.zeros(1000))
+    assert opt.state["0"]["square_avg"].dtype == UINT8
+    assert opt.steps == 3
+
+
 def test_allocated_state_has_the_order_of_the_parameter():
     w = np.asfortranarray(params()["w"])
     fs.Adam(w, state_dtype="int8", allocate_state=lambda name, shape, dtype: np.zeros(shape[::-1], dtype).T)

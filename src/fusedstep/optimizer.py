@@ -289,18 +289,25 @@ class Optimizer:
         """The state arrays that the kernels need: those there, and new ones for the others."""
         owners = list(zip(self._names, self._params, self._group_of))
         specs = {name: self._specs(kernels[group], values[group], param) for name, param, group in owners}
-        missing = [(name, key) for name, own in specs.items() for key in own if key not in self.state[name]]
         there = {(name, key): array for name, own in self.state.items() for key, array in own.items()}
-        there.update(zip(missing, self._new_states([(f"{n}.{key}", specs[n][key]) for n, key in missing])))
+        wanted = [(name, key, spec) for name, own in specs.items() for key, spec in own.items()]
+        missing = [w for w in wanted if w[:2] not in there or there[w[:2]].dtype != w[2].dtype]
+        new = self._new_states([(f"{name}.{key}", spec) for name, key, spec in missing])
+        there.update(zip([(name, key) for name, key, _ in missing], new))
         completed = {name: {key: there[name, key] for key in own} for name, own in specs.items()}
-        for name, key in missing:
-            _, dtype, fill = specs[name][key]
-            if dtype in reference.LEAST and np.any(fill):
-                param = specs[name][key].like
-                full = np.full_like(param, fill, np.float32)
-                scales = completed[name][key + SCALE]
-                reference.store_state(full, completed[name][key], scales, reference.memory_axes(param))
-            elif self._allocate_state is not None or np.any(fill):
+        if self._allocate_state is not None:
+            for array in new:
+                array[...] = 0
+        for name, key, (param, dtype, fill) in missing:
+            axes = reference.memory_axes(param)
+            if key in self.state[name]:  # in another type
+                as_wanted = in_form_of(specs[name], key, dict(self.state[name]), param, axes, f"state[{name!r}][{key!r}]")
+                for k, array in as_wanted.items():
+                    completed[name][k][...] = array
+            elif dtype in reference.LEAST and np.any(fill):
+                full = np.full_like(param, fill, FLOAT32)
+                reference.store_state(full, completed[name][key], completed[name][key + SCALE], axes)
+            elif np.any(fill):
                 completed[name][key][...] = fill
         if self._allocate_state is not None:
             written = [*self._labelled("params", self._params), *state_labels(completed)]
