@@ -20,9 +20,11 @@ from .config import show_config
 from .errors import NonFiniteGradientError
 from .optimizer import Optimizer, StepReport
 from .rules import *  # noqa: F403
+from .scaling import DynamicLossScaler
 
 __all__ = [
     "Checkpoint",
+    "DynamicLossScaler",
     "NonFiniteGradientError",
     "Optimizer",
     "StepReport",
