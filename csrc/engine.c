@@ -93,15 +93,25 @@ static const void *load_gradient(const fs_pass *pass, const fs_array *array, siz
                                  fs_tile *tile)
 {
     const fs_kernels *k = pass->kernels[array->real];
-    fs_load_in_c_order(k, array, start, count, tile);
-    return k->unscale(count, tile, tile, pass->options->grad_scale, zero);
+    const char *run = fs_grad_in_c_order(array);
+    if (!run)
+        fs_load_in_c_order(k, array, start, count, tile);
+    return k->unscale(count, run ? run + start * array->item : (char *)tile, tile, pass->options->grad_scale, zero);
 }
 
-/* So many elements are loaded at a time: a block, but of a transposed gradient as many as fit, for its cache lines to be
+/* Runs on which more than one loop works are cut into pieces that stay in the second-level cache meanwhile: long enough for
+ * the CPU to look ahead, and room for one in a tile. */
+static size_t piece_of(const fs_array *array)
+{
+    enum { PIECE = 1 << 15 };
+    return PIECE / array->item;
+}
+
+/* So many elements are loaded at a time: a piece, but of a transposed gradient as many as fit, for its cache lines to be
  * used while they are here. */
 static size_t load_size(const fs_array *array)
 {
-    return array->grad_is_transposed ? sizeof(fs_tile) / array->item / FS_BLOCK * FS_BLOCK : FS_BLOCK;
+    return array->grad_is_transposed ? sizeof(fs_tile) / array->item / FS_BLOCK * FS_BLOCK : piece_of(array);
 }
 
 static void sum_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
@@ -110,11 +120,6 @@ static void sum_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs
     const fs_kernels *k = pass->kernels[array->real];
     const size_t step = load_size(array);
     double *sums = pass->plan->block_sums + pass->plan->first_block[i];
-    const char *run = fs_grad_in_c_order(array);
-    if (run && pass->options->grad_scale == 1.0) {
-        k->sum_squares(end - start, run + start * array->item, 1.0, &sums[start / FS_BLOCK]);
-        return;
-    }
     for (; start < end; start += step) {
         const size_t count = min_size(end - start, step);
         k->sum_squares(count, load_gradient(pass, array, start, count, false, tile), 1.0, &sums[start / FS_BLOCK]);
@@ -341,6 +346,7 @@ typedef struct {
     fs_stages stages;
     double grad_scale, factor;    /* the factor is a multiplication that costs the rule nothing */
     bool zero, stage_grad, bound, average, clear;
+    int n_operands;               /* of the rule: parameter, gradient, states */
 } fs_work;
 
 static fs_work work_on(const fs_pass *pass, size_t i)
@@ -355,6 +361,7 @@ static fs_work work_on(const fs_pass *pass, size_t i)
     w.bound = group->lower > -INFINITY || group->upper < INFINITY;
     w.average = array->operand[FS_AVERAGE].data != NULL;
     w.clear = pass->options->clear_grads;
+    w.n_operands = FS_STATE + fs_rule_states(group->rule);
     return w;
 }
 
@@ -379,7 +386,7 @@ static void update_run(const fs_work *w, const fs_array *array, size_t start, si
     size_t count = end - start < FS_BLOCK / 4 ? 0 : before_cache_line(array, start);
     for (; start < end; start += count, count = 0) {
         void *at[FS_N_OPERANDS];
-        count = min_size(end - start, count > 0 ? count : in_pieces ? FS_BLOCK : end - start);
+        count = min_size(end - start, count > 0 ? count : in_pieces ? piece_of(array) : end - start);
         for (int o = 0; o < FS_N_OPERANDS; o++)
             at[o] = array->operand[o].data ? array->operand[o].data + start * array->item : NULL;
         update_row(w, count, at, tile);
@@ -404,17 +411,16 @@ static void update_tile(const fs_work *w, const fs_array *array, size_t t, char 
     const fs_shape shape = fs_tile_shape(array, t);
     fs_rows rows[FS_N_OPERANDS];
     void *at[FS_N_OPERANDS];
-    for (int o = 0; o < FS_AVERAGE; o++)
-        if (array->operand[o].data)
-            rows[o] = fs_bring(w->k, array, o, t, copy[o]);
+    for (int o = 0; o < w->n_operands; o++)
+        rows[o] = fs_bring(w->k, array, o, t, copy[o]);
     for (size_t r = 0; r < shape.n_rows; r++) {
-        for (int o = 0; o < FS_AVERAGE; o++)
-            at[o] = array->operand[o].data ? rows[o].first + (ptrdiff_t)r * rows[o].stride : NULL;
+        for (int o = 0; o < w->n_operands; o++)
+            at[o] = rows[o].first + (ptrdiff_t)r * rows[o].stride;
         /* What was copied may be changed where it is; the caller's own gradient may not. */
         update_row(w, shape.n_columns, at, rows[FS_GRAD].first == copy[FS_GRAD] ? at[FS_GRAD] : copy[FS_GRAD]);
     }
-    for (int o = 0; o < FS_AVERAGE; o++)
-        if (array->operand[o].data && o != FS_GRAD)
+    for (int o = 0; o < w->n_operands; o++)
+        if (o != FS_GRAD)
             fs_take_back(w->k, array, o, t, copy[o]);
     if (w->average) {
         const fs_rows param = fs_bring(w->k, array, FS_PARAM, t, copy[FS_PARAM]);    /* as it is stored, rounded */
@@ -446,6 +452,8 @@ static uint32_t random_key(const fs_plan *plan, size_t array, int pair, size_t b
 
 /* Have lines of a later block come while this one is computed, which takes longer than the CPU looks ahead; one operand at a
  * time, since the CPU waits when too many are under way. */
+enum { AHEAD = 2 * FS_BLOCK };
+
 static void fetch(const fs_array *array, int o, size_t start)
 {
     const fs_operand *operand = &array->operand[o];
@@ -457,23 +465,19 @@ static void fetch(const fs_array *array, int o, size_t start)
 
 static void update_small(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t end, char *const *copy)
 {
-    enum { AHEAD = 2 * FS_BLOCK };
     const fs_array *array = &plan->arrays[i];
     for (; start < end; start += FS_BLOCK) {
         const size_t count = min_size(end - start, FS_BLOCK);
-        void *at[FS_N_OPERANDS] = {NULL};
-        for (int o = 0; o < FS_AVERAGE; o++)
-            if (array->operand[o].data)
-                at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
+        void *at[FS_N_OPERANDS];
+        for (int o = 0; o < w->n_operands; o++)
+            at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
         fetch(array, FS_GRAD, start + AHEAD);
         update_row(w, count, at, copy[FS_GRAD]);
         fetch(array, FS_PARAM, start + AHEAD);
         fs_store_in_memory_order(w->k, array, FS_PARAM, start, count, at[FS_PARAM], NULL);
         uint32_t random[FS_BLOCK];
-        for (int o = FS_STATE; o < FS_AVERAGE; o++) {
+        for (int o = FS_STATE; o < w->n_operands; o++) {
             const int pair = (o - FS_STATE) / 2;
-            if (!array->operand[o].data)
-                break;
             if ((o - FS_STATE) % 2 == 0)
                 w->k->random(count, random_key(plan, i, pair, start / FS_BLOCK), random);
             fetch(array, o, start + AHEAD);

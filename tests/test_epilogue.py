@@ -201,3 +201,84 @@ def test_gradients_that_share_memory_are_used_before_they_are_cleared(kind, opti
         results.append([*params, *(a for own in opt.state.values() for a in own.values())])
     for without, with_clearing in zip(*results):
         np.testing.assert_array_equal(without, with_clearing)
+
+
+# ---- Accumulation -------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(n, dtype=np.float32):
+    return [
+        {"w": values(3000, seed=i, dtype=dtype), "v": values(60, seed=i + 50, dtype=dtype).reshape(6, 10)} for i in range(n)
+    ]
+
+
+@backends
+@pytest.mark.parametrize("options", [{}, database.OPTIONS[-1], {"state_dtype": "int8"}], ids=["plain", "busy", "int8"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_accumulated_gradients_are_their_mean(backend, options, dtype):
+    def params():
+        return {
+            "w": values(3000, seed=7, dtype=dtype),
+            "v": np.asfortranarray(values(60, seed=8, dtype=dtype).reshape(6, 10)),
+        }
+
+    p, q = params(), params()
+    opt, plain = fs.Adam(p, backend=backend, **options), fs.Adam(q, **options)
+    real = np.float64 if dtype == np.float64 else np.float32
+    for step in range(2):
+        grads = [{name: g * 2**step for name, g in batch.items()} for batch in micro_batches(3, dtype)]
+        before = [{name: g.copy() for name, g in batch.items()} for batch in grads]
+        for i, batch in enumerate(grads):
+            opt.accumulate(batch)
+            assert opt.accumulated == i + 1
+        sums = {name: sum((g[name].astype(real) for g in grads), start=np.zeros(p[name].shape, real)) for name in p}
+        report, wanted = opt.step(), plain.step(sums, grad_scale=3.0)
+        assert report == wanted
+        assert opt.accumulated == 0
+        for name in p:
+            np.testing.assert_array_equal(p[name], q[name])
+            for found, kept in zip(grads, before):
+                np.testing.assert_array_equal(found[name], kept[name])
+
+
+@backends
+def test_accumulation_goes_with_bound_gradients(backend):
+    w, g = values(), values(seed=1)
+    opt = fs.SGD(w, lr=1.0, backend=backend)
+    with pytest.raises(ValueError, match="grads: expected gradients, got none, and none are bound"):
+        opt.accumulate()
+    opt.bind(g)
+    opt.accumulate()
+    g[...] = 0
+    opt.accumulate()
+    at = w.copy()
+    opt.step()
+    np.testing.assert_array_equal(w, at - values(seed=1) / np.float32(2))
+    g[...] = 1
+    opt.step()  # with what is bound
+    np.testing.assert_array_equal(w, at - values(seed=1) / np.float32(2) - 1)
+
+
+@backends
+def test_what_was_accumulated_stays_after_an_error(backend):
+    w = values()
+    opt = fs.SGD(w, lr=1.0, backend=backend)
+    at, bad = w.copy(), values(seed=2)
+    bad[3] = np.inf
+    opt.accumulate(values(seed=1))
+    with pytest.raises(ValueError, match=r"grads\['0'\]: expected shape \(2000,\), got \(3,\)"):
+        opt.accumulate(np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match=r"grads: expected none after accumulate\(\), got gradients"):
+        opt.step(values())
+    assert opt.accumulated == 1
+    opt.accumulate(bad)
+    with pytest.raises(fs.NonFiniteGradientError):
+        opt.step()
+    np.testing.assert_array_equal(w, at)
+    assert opt.accumulated == 2
+    opt.nonfinite = "skip"
+    assert not opt.step().applied
+    assert opt.accumulated == 0
+    opt.accumulate(values(seed=1))
+    assert opt.step().applied
+    np.testing.assert_array_equal(w, at - values(seed=1))

@@ -113,8 +113,8 @@ class ReferencePlan:
         ]
         return applied, grad_norm, smallest(factors), bad
 
-    def update(self, apply: bool, clear_grads: bool) -> None:
-        changes: list[Change] = []
+    def update(self, apply: bool, clear_grads: bool, used: ReferencePlan | None = None) -> None:
+        changes: list[Change] = [(used._steps, ..., 0)] if used is not None else []
         if apply:
             for i, (param, states) in enumerate(zip(self.params, self.states)):
                 scales = [own for own in self.scales[i] if own is not None]

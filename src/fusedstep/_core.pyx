@@ -404,7 +404,8 @@ cdef class Plan:
 
     cdef fs_plan *plan
     cdef fs_options options
-    cdef list params, states, averages, scales, places
+    cdef readonly list params
+    cdef list states, averages, scales, places
     cdef readonly list grads    # None before any are bound
     cdef int apart              # whether no elements of gradients share memory; -1: to be found out
     cdef PyArrayObject **written    # what a step writes, by array, NULL where none; owned by the lists
@@ -636,10 +637,15 @@ cdef class Plan:
 
     # What follows uses gradients that were measured. Nothing here can fail or be interrupted: no allocation, no Python.
 
-    def update(self, bint apply, bint clear_grads):
-        """Update parameters and states if the step is to be applied, then clear the gradients if they are to be."""
+    def update(self, bint apply, bint clear_grads, Plan used=None):
+        """Update parameters and states if the step is to be applied, then clear the gradients if they are to be.
+
+        The steps of `used`, the plan that summed up these gradients, count from 0 again.
+        """
         with nogil:
             self.finish(apply, clear_grads)
+        if used is not None:
+            used.plan.step = 0
 
     cdef void finish(self, bint apply, bint clear_grads) noexcept nogil:
         if apply:

@@ -212,6 +212,7 @@ class Optimizer:
         self._kernels: list[Kernel] = []
         self._plan: Any = None
         self._shows_averages = False
+        self._sums: Any = None  # the plan that adds up gradients, in its params
         self._prepare_plan(self._resolve(self.param_groups, 0), 0)
 
     def _add_group(self, group: Mapping[str, Any]) -> None:
@@ -385,10 +386,27 @@ class Optimizer:
         report: StepReport | None = self._plan.repeat(self._lock, self.__dict__, grads, grad_scale, zero_grads, StepReport)
         if report is None:
             with self._lock:
-                report = self._step(grads, grad_scale, zero_grads)
+                report = (
+                    self._step_with_sums(grads, grad_scale)
+                    if self.accumulated
+                    else self._step(grads, grad_scale, zero_grads)
+                )
         return report
 
-    def _step(self, grads: Any, grad_scale: float, zero_grads: bool) -> StepReport:
+    def _step_with_sums(self, grads: Any, grad_scale: float) -> StepReport:
+        """A step with the mean of the accumulated gradients."""
+        if grads is not None:
+            raise ValueError("grads: expected none after accumulate(), got gradients")
+        bound = self._plan.grads
+        try:
+            self._plan.bind(self._sums.params)
+            return self._step(None, _hyper.grad_scale(grad_scale, "grad_scale") * self.accumulated, True, self._sums)
+        finally:
+            self._plan.forget()
+            if bound is not None:
+                self._plan.bind(bound)
+
+    def _step(self, grads: Any, grad_scale: float, zero_grads: bool, used: Any = None) -> StepReport:
         """A step with all there may be to look at."""
         if self._shows_averages:
             raise RuntimeError("step: expected the parameters in their arrays, got their averages (within opt.averaged())")
@@ -401,7 +419,7 @@ class Optimizer:
         if grads is not None:
             self._bind(grads)
         elif self._plan.grads is not None:
-            self._bind_arrays(self._plan.grads)  # are they still what they were?
+            self._bind_arrays(self._plan, self._plan.grads)  # are they still what they were?
         else:
             raise ValueError("grads: expected gradients, got none, and none are bound")
         self._check_writeable(zero_grads)
@@ -418,8 +436,65 @@ class Optimizer:
         report = StepReport(steps + applied, applied, grad_norm, clip_factor, nonfinite)
         if len(self._resolved) == len(self.param_groups) and is_constant(self.clip_norm):
             self._plan.remember(self.param_groups, self.clip_norm, self.nonfinite, self.num_threads)
-        self._plan.update(applied, zero_grads)  # last of all, so that nothing can go wrong afterwards
+        self._plan.update(applied, zero_grads, used)  # last of all, so that nothing can go wrong afterwards
         return report
+
+    def accumulate(self, grads: Any = None) -> None:
+        """Add gradients to those of earlier calls, for the next :meth:`step` to use their mean.
+
+        The sum is kept in the compute type of each parameter; its division by the number of calls is part of the step, which
+        then takes no gradients and starts anew: also if it is skipped, but not if it raises. For a sum in place of the mean,
+        ``opt.step(grad_scale=1 / opt.accumulated)``. Averages of equal batches are that of the large batch but for rounding.
+
+        Parameters
+        ----------
+        grads : same structure as `params`, optional
+            As for :meth:`step`. They are not changed.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a gradient is not what it should be. Nothing has changed then.
+
+        Examples
+        --------
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.zeros(2)
+        >>> opt = fs.SGD(w, lr=1.0)
+        >>> for grads in np.array([1.0, 4.0]), np.array([3.0, 0.0]):
+        ...     opt.accumulate(grads)
+        >>> opt.accumulated
+        2
+        >>> _ = opt.step()
+        >>> w
+        array([-2., -2.])
+        """
+        with self._lock:
+            bound = self._plan.grads
+            if grads is None and bound is None:
+                raise ValueError("grads: expected gradients, got none, and none are bound")
+            if self._sums is None:
+                self._sums = self._make_sums()
+            self._bind_arrays(self._sums, bound if grads is None else self._collected(grads))
+            self._plan.forget()
+            self._sums.measure(nonfinite="propagate", num_threads=self.num_threads)
+            self._sums.update(True, False)
+
+    def _make_sums(self) -> Any:
+        dtypes = [reference.compute_dtype(param.dtype) for param in self._params]
+        sums = _arrays.zeros_together(zip(self._params, dtypes))
+        n = len(sums)
+        if self.backend == "c":
+            plan = _backends.core.Plan(sums, [()] * n, [0] * n, ["sgd"])
+        else:
+            plan = _backends.ReferencePlan(sums, [()] * n, [0] * n, [(reference.sgd, ())])
+        plan.set_group(0, {"lr": -1.0, "momentum": 0.0, "dampening": 0.0})  # p - -1 * g
+        return plan
+
+    @property
+    def accumulated(self) -> int:
+        """How many gradients :meth:`accumulate` has added up since the last step."""
+        return 0 if self._sums is None else int(self._sums.steps)
 
     def bind(self, grads: Any) -> None:
         """Use these gradient arrays from now on: later calls of :meth:`step` without gradients read what they then hold."""
@@ -427,6 +502,10 @@ class Optimizer:
             self._bind(grads)
 
     def _bind(self, grads: Any) -> None:
+        self._bind_arrays(self._plan, self._collected(grads))
+
+    def _collected(self, grads: Any) -> list[Any]:
+        """The gradients of a tree that has the structure of the parameters, in their order."""
         if self._is_grouped:
             grads = [grads] if isinstance(grads, Mapping) else list(grads)
             if len(grads) != len(self._structures):
@@ -434,21 +513,23 @@ class Optimizer:
             parts = [g["params"] if isinstance(g, Mapping) and set(g) == {"params"} else g for g in grads]
         else:
             parts = [grads]
-        self._bind_arrays([leaf for structure, part in zip(self._structures, parts) for leaf in structure.collect(part)])
+        return [leaf for structure, part in zip(self._structures, parts) for leaf in structure.collect(part)]
 
-    def _bind_arrays(self, grads: list[Any]) -> None:
-        bad, near = self._plan.look_at(grads)
+    def _bind_arrays(self, plan: Any, grads: list[Any]) -> None:
+        bad, near = plan.look_at(grads)
         if bad >= 0:
             # Not plain arrays of the right shapes: find out what they are, or what is wrong with them.
             grads = [_arrays.as_gradient(grad, label) for label, grad in self._labelled("grads", grads)]
             for (label, grad), param in zip(self._labelled("grads", grads), self._params):
                 if grad.shape != param.shape:
                     raise ValueError(f"{label}: expected shape {param.shape}, got {grad.shape}")
-            _, near = self._plan.look_at(grads)
+            _, near = plan.look_at(grads)
         if near:
             written = [*self._labelled("params", self._params), *state_labels(self.state)]
+            if plan is self._sums:
+                written = self._labelled("accumulated", plan.params)
             _arrays.check_overlaps(written, self._labelled("grads", grads))
-        self._plan.bind(grads)
+        plan.bind(grads)
 
     def _check_writeable(self, grads_too: bool) -> None:
         moved = self._plan.first_moved()
