@@ -282,3 +282,5 @@ def test_what_was_accumulated_stays_after_an_error(backend):
     opt.accumulate(values(seed=1))
     assert opt.step().applied
     np.testing.assert_array_equal(w, at - values(seed=1))
+    with pytest.raises(ValueError, match="grads: expected gradients, got none, and none are bound"):
+        opt.step()

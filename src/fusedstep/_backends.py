@@ -80,6 +80,9 @@ class ReferencePlan:
     def bind(self, grads: list[Array]) -> None:
         self.grads = grads
 
+    def unbind(self) -> None:
+        self.grads = None
+
     def first_read_only(self) -> int:
         return next((i for i, param in enumerate(self.params) if not param.flags.writeable), -1)
 

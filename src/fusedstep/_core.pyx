@@ -512,6 +512,10 @@ cdef class Plan:
         self.grads = grads
         self.apart = -1
 
+    def unbind(self):
+        """Have no gradients."""
+        self.grads = None
+
     cdef bint grads_lie_apart(self) except -1:
         """Whether one gradient's elements can be cleared while others are still to be read."""
         cdef size_t i, first, end, last_end = 0

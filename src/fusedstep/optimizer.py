@@ -386,11 +386,10 @@ class Optimizer:
         report: StepReport | None = self._plan.repeat(self._lock, self.__dict__, grads, grad_scale, zero_grads, StepReport)
         if report is None:
             with self._lock:
-                report = (
-                    self._step_with_sums(grads, grad_scale)
-                    if self.accumulated
-                    else self._step(grads, grad_scale, zero_grads)
-                )
+                if self.accumulated:
+                    report = self._step_with_sums(grads, grad_scale)
+                else:
+                    report = self._step(grads, grad_scale, zero_grads)
         return report
 
     def _step_with_sums(self, grads: Any, grad_scale: float) -> StepReport:
@@ -403,7 +402,9 @@ class Optimizer:
             return self._step(None, _hyper.grad_scale(grad_scale, "grad_scale") * self.accumulated, True, self._sums)
         finally:
             self._plan.forget()
-            if bound is not None:
+            if bound is None:
+                self._plan.unbind()
+            else:
                 self._plan.bind(bound)
 
     def _step(self, grads: Any, grad_scale: float, zero_grads: bool, used: Any = None) -> StepReport:
