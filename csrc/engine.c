@@ -288,7 +288,7 @@ static bool norm_pass(fs_pass *pass, fs_report *report)
 
 static bool norm_is_needed(const fs_plan *plan, const fs_options *options)
 {
-    if (options->nonfinite != FS_NONFINITE_PROPAGATE || options->clip_norm < INFINITY)
+    if (options->nonfinite != FS_NONFINITE_PROPAGATE || options->clip_norm < INFINITY || plan->has_stats)
         return true;
     for (size_t i = 0; i < plan->n_groups; i++)
         if (plan->groups[i].clip_norm_per_array < INFINITY)
@@ -434,7 +434,7 @@ static void update_tile(const fs_work *w, const fs_array *array, size_t t, char 
         clear_tile(w->k, array, t, copy[FS_GRAD]);
 }
 
-/* ---- Small states: block by block in the order of the parameter's memory ---- */
+/* ---- Small states, residuals and statistics: block by block in the order of the elements ---- */
 
 static unsigned long long mix(unsigned long long z)
 {
@@ -444,10 +444,12 @@ static unsigned long long mix(unsigned long long z)
     return z ^ z >> 31;
 }
 
-/* Of the random bits of a block, by seed, step, array and pair of states. */
-static uint32_t random_key(const fs_plan *plan, size_t array, int pair, size_t block)
+/* Of the random bits of a block, by seed, step, array and what they are for: pairs of states (0 and 1) or the parameter. */
+enum { FOR_PARAM = 2 };
+
+static uint32_t random_key(const fs_plan *plan, size_t array, int use, size_t block)
 {
-    return (uint32_t)mix(mix(mix(mix(plan->seed) + (unsigned long long)plan->step) + 2 * array + (unsigned)pair) + block);
+    return (uint32_t)mix(mix(mix(mix(plan->seed) + (unsigned long long)plan->step) + 4 * array + (unsigned)use) + block);
 }
 
 /* Have lines of a later block come while this one is computed, which takes longer than the CPU looks ahead; one operand at a
@@ -463,19 +465,37 @@ static void fetch(const fs_array *array, int o, size_t start)
             __builtin_prefetch(operand->data + start * item + line);
 }
 
-static void update_small(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t end, char *const *copy)
+/* The parameter before and after the update of a block; the change goes where it was before. */
+static void add_stats(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t count, void *before, char *copy)
+{
+    const size_t block = plan->first_block[i] + start / FS_BLOCK;
+    const void *after = fs_load_in_memory_order(w->k, &plan->arrays[i], FS_PARAM, start, count, copy);
+    w->k->sum_squares(count, after, 1.0, &plan->block_stats[FS_PARAM_SQUARES][block]);
+    w->k->subtract(count, after, before);
+    w->k->sum_squares(count, before, 1.0, &plan->block_stats[FS_UPDATE_SQUARES][block]);
+}
+
+static void update_blocks(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t end, char *const *copy)
 {
     const fs_array *array = &plan->arrays[i];
+    void *before = copy[FS_RESIDUAL];    /* which takes no room of its own */
     for (; start < end; start += FS_BLOCK) {
         const size_t count = min_size(end - start, FS_BLOCK);
         void *at[FS_N_OPERANDS];
         for (int o = 0; o < w->n_operands; o++)
             at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
+        if (plan->has_stats) {
+            memcpy(before, at[FS_PARAM], count * array->item);
+            plan->block_stats[FS_ZERO_GRADS][plan->first_block[i] + start / FS_BLOCK] =
+                (double)w->k->count_zeros(count, at[FS_GRAD]);
+        }
         fetch(array, FS_GRAD, start + AHEAD);
         update_row(w, count, at, copy[FS_GRAD]);
         fetch(array, FS_PARAM, start + AHEAD);
-        fs_store_in_memory_order(w->k, array, FS_PARAM, start, count, at[FS_PARAM], NULL);
         uint32_t random[FS_BLOCK];
+        if (array->rounding == FS_STOCHASTIC)
+            w->k->random(count, random_key(plan, i, FOR_PARAM, start / FS_BLOCK), random);
+        fs_store_in_memory_order(w->k, array, FS_PARAM, start, count, at[FS_PARAM], random);
         for (int o = FS_STATE; o < w->n_operands; o++) {
             const int pair = (o - FS_STATE) / 2;
             if ((o - FS_STATE) % 2 == 0)
@@ -483,6 +503,8 @@ static void update_small(const fs_work *w, const fs_plan *plan, size_t i, size_t
             fetch(array, o, start + AHEAD);
             fs_store_in_memory_order(w->k, array, o, start, count, at[o], random);
         }
+        if (plan->has_stats)
+            add_stats(w, plan, i, start, count, before, copy[FS_PARAM]);
         if (w->average) {
             at[FS_PARAM] = fs_load_in_memory_order(w->k, array, FS_PARAM, start, count, copy[FS_PARAM]);    /* rounded */
             at[FS_AVERAGE] = fs_load_in_memory_order(w->k, array, FS_AVERAGE, start, count, copy[FS_AVERAGE]);
@@ -502,10 +524,10 @@ static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end,
     const fs_array *array = &pass->plan->arrays[i];
     const fs_work w = work_on(pass, i);
     char *copy[FS_N_OPERANDS];
-    if (array->has_small) {
+    if (array->in_blocks) {
         for (int o = 0; o < FS_N_OPERANDS; o++)
             copy[o] = (char *)tile->run[o];
-        update_small(&w, pass->plan, i, start, end, copy);
+        update_blocks(&w, pass->plan, i, start, end, copy);
         return;
     }
     if (array->is_run) {
@@ -530,6 +552,10 @@ void fs_update(fs_plan *plan, const fs_options *options)
     }
     pass.work = update_work;
     run_pass(&pass);
+    for (int s = 0; s < FS_N_STATS && plan->has_stats; s++)
+        for (size_t i = 0; i < plan->n_arrays; i++)
+            plan->stats[s][i] = pairwise_sum(plan->block_stats[s] + plan->first_block[i],
+                                             plan->first_block[i + 1] - plan->first_block[i]);
 }
 
 /* ---- Gradients alone ------------------------------------------------------------------------------------------------ */

@@ -25,6 +25,11 @@ typedef enum { FS_OK, FS_OUT_OF_MEMORY, FS_UNKNOWN_RULE, FS_BAD_LEVEL } fs_statu
  * floats of 8 bits, of either sign (4 bits of exponent, 3 of mantissa) or of none (5 and 3), relative to a scale. */
 typedef enum { FS_FLOAT32, FS_FLOAT64, FS_FLOAT16, FS_BFLOAT16, FS_INT8, FS_UINT8 } fs_dtype;
 
+/* What becomes of the digits that a parameter of 16 bits has no room for: they are lost, or decide at random whether it is
+ * rounded up, or are kept beside it: as what is to be added (kahan), as the lower half of a float32 (split, of bfloat16
+ * alone), or with the rest as a float32 (master). Rules and averages see the parameter with what is kept. */
+typedef enum { FS_NEAREST, FS_STOCHASTIC, FS_KAHAN, FS_SPLIT, FS_MASTER, FS_N_ROUNDINGS } fs_rounding;
+
 /* What a non-finite gradient does to the step. */
 typedef enum { FS_NONFINITE_STOP, FS_NONFINITE_ZERO, FS_NONFINITE_PROPAGATE } fs_nonfinite;
 
@@ -51,15 +56,15 @@ const char *fs_rule_hyper_names(int rule);    /* space-separated, in the order `
 int fs_rule_states(int rule);
 
 /* The arrays that belong to one parameter. */
-enum { FS_PARAM, FS_GRAD, FS_STATE, FS_AVERAGE = FS_STATE + FS_MAX_STATES, FS_N_OPERANDS };
+enum { FS_PARAM, FS_GRAD, FS_STATE, FS_AVERAGE = FS_STATE + FS_MAX_STATES, FS_RESIDUAL, FS_N_OPERANDS };
 
 typedef struct {
     char *data;                    /* NULL for none */
     fs_dtype dtype;
     bool aligned;
-    bool is_small;                 /* a state in a small type, without strides */
+    bool is_packed;                /* without strides: in the order of the elements, and without gaps */
     ptrdiff_t *strides;            /* in bytes, one per dimension */
-    float *scales;                 /* of 8-bit states, one for FS_SCALED elements in the order of the parameter's memory */
+    float *scales;                 /* of 8-bit states, one for FS_SCALED elements in that order */
 } fs_operand;
 
 /* A dimension that operands are walked along together, or several merged; in tiles, in pieces of `chunk` elements. */
@@ -77,18 +82,25 @@ typedef struct {
     int n_grad_loops;
     fs_loop *grad_loops;
     bool grad_is_transposed;       /* jumps from cache line to cache line in C order, and not across */
-    /* All else goes through all operands in the order in which the parameter lies in memory, tile by tile (tiles.c): */
+    /* All else goes through all operands in the order in which the parameter lies in memory, tile by tile (tiles.c); where
+     * sums are made of what is updated, in C order: */
+    bool in_c_order;
     int n_loops, across;           /* a tile extends along the last loop, and across this one */
     fs_loop *loops;
     size_t n_blocks, blocks_per_tile, n_tiles;
     bool is_run;                   /* all operands are whole runs, to be used where they lie */
-    bool has_small;                /* some operand is small */
+    bool in_blocks;                /* to be updated FS_BLOCK by FS_BLOCK: some operand is packed, or sums are made */
+    fs_rounding rounding;
     size_t copy_offset[FS_N_OPERANDS];    /* in the tile's memory, of operands that have to be copied */
     void *memory;                  /* that all these pointers point into */
 } fs_array;
 
 /* What the norm pass found out about an array: the sum of squares of its gradient is sum_squares * 4^exponent. */
 typedef struct { double sum_squares; int exponent; size_t n_nonfinite; } fs_norm;
+
+/* What an update finds out about an array, where asked: sums of squares of the new parameter and of its change, both as they
+ * are stored with their residual, and how many elements of the gradient were 0. */
+enum { FS_PARAM_SQUARES, FS_UPDATE_SQUARES, FS_ZERO_GRADS, FS_N_STATS };
 
 /* Settings shared by the arrays of one parameter group. Set these before each step. */
 typedef struct {
@@ -120,6 +132,8 @@ typedef struct {
     /* By array, apart from the arrays themselves: what one thread writes in every step, others need not fetch again. */
     fs_norm *norms;
     double *clip_factors;
+    bool has_stats;
+    double *block_stats[FS_N_STATS], *stats[FS_N_STATS];    /* by array */
     double step;                   /* number of steps applied */
     unsigned long long seed;       /* of random rounding */
 } fs_plan;
@@ -141,8 +155,8 @@ typedef struct {
 } fs_report;
 
 /* Make a plan: new, init each array, set its operands (the gradient may come later, and change), finish. Only these
- * allocate. Free accepts NULL and half-made plans. */
-fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups);
+ * allocate. Free accepts NULL and half-made plans. With stats, updates leave them in the plan, and norms are measured. */
+fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups, bool has_stats);
 fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape);
 fs_status fs_plan_finish(fs_plan *plan);
 void fs_plan_free(fs_plan *plan);
@@ -150,9 +164,12 @@ void fs_plan_free(fs_plan *plan);
 /* Say where an operand lies; strides in bytes. A run of the compute type is used in place, all else goes through tiles. */
 void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool aligned, const ptrdiff_t *strides);
 
-/* The same for a state in a small type (bfloat16, with scales NULL, or of 8 bits), in the order of the parameter's memory
- * and without gaps. Such states are rounded at random: up as often as the distance to the value below calls for. */
+/* The same for a state in a small type (bfloat16, with scales NULL, or of 8 bits), in the order of the elements and without
+ * gaps. Such states are rounded at random: up as often as the distance to the value below calls for. */
 void fs_array_set_small(fs_array *array, int operand, void *data, fs_dtype dtype, float *scales);
+
+/* How a parameter of 16 bits is rounded; the residual, in the same order, NULL for ways that keep none. */
+void fs_array_set_rounding(fs_array *array, fs_rounding rounding, void *residual);
 size_t fs_dtype_size(fs_dtype dtype);
 
 /* The first half of all that is done: look at the gradients and decide. If report->applied is false, the second half must

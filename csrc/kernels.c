@@ -146,6 +146,17 @@ INLINE uint16_t float32_to_bfloat16_at_random(float x, uint32_t random)
     return (uint16_t)((rounded >> 16) | (magnitude > 0x7f800000 ? 0x40 : 0));
 }
 
+INLINE uint16_t float32_to_float16_at_random(float x, uint32_t random)
+{
+    const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
+    const bool is_subnormal = magnitude < 0x38800000;
+    const uint32_t normal = (magnitude - (112u << 23) + (random >> 3)) >> 13;
+    const float multiple = float_from_bits(is_subnormal ? magnitude : 0) * 0x1p24f;
+    const uint32_t subnormal = (uint32_t)(int32_t)(multiple + (float)(int32_t)(random >> 3) * 0x1p-13f);
+    const uint32_t half = is_subnormal ? subnormal : normal;
+    return (uint16_t)(magnitude >= 0x477fe000 ? float32_to_float16(x) : half | sign);    /* from the largest on */
+}
+
 /* A code is the upper bits of a float, 3 of them mantissa, of the magnitude plus `least`: in steps of an eighth of that from
  * 0 on, which double whenever the sum does. All is relative to a scale, a power of two of which the largest of FS_SCALED
  * elements is 1 to 2 times; least = 2^-31 makes codes of 8 bits, 2^-15 of 7 beside a sign. */
@@ -170,6 +181,66 @@ static float inverse_scale_of(uint32_t largest)
 {
     const uint32_t exponent = float_bits(scale_of(largest)) >> 23;
     return exponent == 254 ? 0x1p-127f : float_from_bits((254 - exponent) << 23);
+}
+
+/* ---- Parameters of 16 bits ------------------------------------------------------------------------------------------ */
+
+/* `param` is a block of float32. The parts are what the storage type can hold, still as float32, and the residual. */
+#define HALVES(dtype, to_float, from_float, at_random)                                                           \
+    TARGET static void FN(part_stochastic_##dtype)(size_t n, void *param_, void *residual, const uint32_t *random) \
+    {                                                                                                            \
+        float *restrict param = param_;                                                                          \
+        (void)residual;                                                                                          \
+        for (size_t i = 0; i < n; i++)                                                                           \
+            param[i] = to_float(at_random(param[i], random[i] & 0xffff));                                        \
+    }                                                                                                            \
+    TARGET static void FN(join_kahan_##dtype)(size_t n, void *param_, const void *residual_)                     \
+    {                                                                                                            \
+        float *restrict param = param_;                                                                          \
+        const uint16_t *restrict residual = residual_;                                                           \
+        for (size_t i = 0; i < n; i++)                                                                           \
+            param[i] = param[i] + to_float(residual[i]);                                                         \
+    }                                                                                                            \
+    TARGET static void FN(part_kahan_##dtype)(size_t n, void *param_, void *residual_, const uint32_t *random)   \
+    {                                                                                                            \
+        float *restrict param = param_;                                                                          \
+        uint16_t *restrict residual = residual_;                                                                 \
+        (void)random;                                                                                            \
+        for (size_t i = 0; i < n; i++) {                                                                         \
+            const float rounded = to_float(from_float(param[i])), lost = param[i] - rounded;                     \
+            residual[i] = from_float(lost - lost == 0 ? lost : 0);                                               \
+            param[i] = rounded;                                                                                  \
+        }                                                                                                        \
+    }
+
+/* A bfloat16 is rounded to the nearest, up if there are two: then 16 bits with a sign say how far it is off. */
+#define SPLIT                                                                                                    \
+    TARGET static void FN(join_split)(size_t n, void *param_, const void *residual_)                             \
+    {                                                                                                            \
+        float *restrict param = param_;                                                                          \
+        const int16_t *restrict residual = residual_;                                                            \
+        for (size_t i = 0; i < n; i++)                                                                           \
+            param[i] = float_from_bits(float_bits(param[i]) + (uint32_t)(int32_t)residual[i]);                   \
+    }                                                                                                            \
+    TARGET static void FN(part_split)(size_t n, void *param_, void *residual_, const uint32_t *random)           \
+    {                                                                                                            \
+        float *restrict param = param_;                                                                          \
+        int16_t *restrict residual = residual_;                                                                  \
+        (void)random;                                                                                            \
+        for (size_t i = 0; i < n; i++) {                                                                         \
+            const uint32_t bits = float_bits(param[i]);                                                          \
+            const uint32_t rounded = param[i] != param[i] ? 0x7fc00000 : (bits + 0x8000) & 0xffff0000;           \
+            residual[i] = (int16_t)(param[i] != param[i] ? 0 : bits - rounded);                                  \
+            param[i] = float_from_bits(rounded);                                                                 \
+        }                                                                                                        \
+    }
+
+static void join_master(size_t n, void *param, const void *residual) { memcpy(param, residual, n * sizeof(float)); }
+
+static void part_master(size_t n, void *param, void *residual, const uint32_t *random)
+{
+    (void)random;
+    memcpy(residual, param, n * sizeof(float));
 }
 
 /* ---- Rules -------------------------------------------------------------------------------------------------------- */
@@ -240,6 +311,7 @@ static float inverse_scale_of(uint32_t largest)
 /* ---- The tables --------------------------------------------------------------------------------------------------- */
 
 #define real float
+#define REAL_IS_FLOAT
 #define SQRT __builtin_sqrtf
 #define TARGET
 #define FN(name) name##_float32_baseline
@@ -262,6 +334,7 @@ static float inverse_scale_of(uint32_t largest)
 #endif
 
 #define real float
+#define REAL_IS_FLOAT
 #define SQRT __builtin_sqrtf
 #define TARGET TARGET_AVX2
 #define FN(name) name##_float32_avx2
@@ -274,6 +347,7 @@ static float inverse_scale_of(uint32_t largest)
 #include "kernels.inc"
 
 #define real float
+#define REAL_IS_FLOAT
 #define SQRT __builtin_sqrtf
 #define TARGET TARGET_AVX512
 #define FN(name) name##_float32_avx512

@@ -35,6 +35,10 @@ typedef struct {
     void (*load_small[FS_UINT8 + 1])(size_t n, void *real, const void *data, const float *scales);
     void (*store_small[FS_UINT8 + 1])(size_t n, const void *real, void *data, float *scales, const uint32_t *random,
                                       bool upper);
+    /* A block of a parameter of 16 bits, by rounding and dtype: what it is with its residual (join), and the reverse (part);
+     * NULL where there is nothing to do. Only in tables of float32. */
+    void (*join[FS_N_ROUNDINGS][FS_BFLOAT16 + 1])(size_t n, void *real, const void *residual);
+    void (*part[FS_N_ROUNDINGS][FS_BFLOAT16 + 1])(size_t n, void *real, void *residual, const uint32_t *random);
     /* The two halves of gradient preparation: what the norm sees, and what only the rule sees. Each returns where the result
      * is: `to`, which may be the gradient itself, or the gradient if there was nothing to do. */
     const void *(*unscale)(size_t n, const void *grad, void *to, double grad_scale, bool zero_nonfinite);
@@ -42,6 +46,9 @@ typedef struct {
     /* What follows the rule: bound the parameter, and move its average towards it. */
     void (*bound)(size_t n, void *param, double lower, double upper);
     void (*average)(size_t n, void *average, const void *param, double weight);
+    /* What statistics are made of. */
+    void (*subtract)(size_t n, const void *from, void *real);
+    size_t (*count_zeros)(size_t n, const void *grad);
     /* Sums of (scale x)^2 over consecutive blocks of FS_BLOCK. */
     void (*sum_squares)(size_t n, const void *grad, double scale, double *block_sums);
     /* Adds to what is there. */

@@ -3,13 +3,14 @@
 
 #include <stdlib.h>
 
-fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups)
+fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups, bool has_stats)
 {
     fs_plan *plan = calloc(1, sizeof *plan);
     if (!plan)
         return NULL;
     plan->n_arrays = n_arrays;
     plan->n_groups = n_groups;
+    plan->has_stats = has_stats;
     plan->arrays = calloc(n_arrays + 1, sizeof *plan->arrays);
     plan->groups = calloc(n_groups + 1, sizeof *plan->groups);
     plan->first_element = calloc(n_arrays + 1, sizeof *plan->first_element);
@@ -22,6 +23,8 @@ fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups)
         fs_plan_free(plan);
         return NULL;
     }
+    for (size_t i = 0; i < n_arrays; i++)
+        plan->arrays[i].in_blocks = plan->arrays[i].in_c_order = has_stats;
     return plan;
 }
 
@@ -33,8 +36,15 @@ fs_status fs_plan_finish(fs_plan *plan)
         plan->first_block[i + 1] = plan->first_block[i] + (size + FS_BLOCK - 1) / FS_BLOCK;
     }
     plan->n_elements = plan->first_element[plan->n_arrays];
-    plan->block_sums = calloc(plan->first_block[plan->n_arrays] + 1, sizeof *plan->block_sums);
-    return plan->block_sums ? FS_OK : FS_OUT_OF_MEMORY;
+    const size_t n_blocks = plan->first_block[plan->n_arrays];
+    plan->block_sums = calloc(n_blocks + 1, sizeof *plan->block_sums);
+    bool complete = plan->block_sums != NULL;
+    for (int s = 0; s < FS_N_STATS && plan->has_stats; s++) {
+        plan->block_stats[s] = calloc(n_blocks + 1, sizeof *plan->block_stats[s]);
+        plan->stats[s] = calloc(plan->n_arrays + 1, sizeof *plan->stats[s]);
+        complete = complete && plan->block_stats[s] && plan->stats[s];
+    }
+    return complete ? FS_OK : FS_OUT_OF_MEMORY;
 }
 
 void fs_plan_free(fs_plan *plan)
@@ -48,6 +58,10 @@ void fs_plan_free(fs_plan *plan)
     free(plan->first_element);
     free(plan->first_block);
     free(plan->block_sums);
+    for (int s = 0; s < FS_N_STATS; s++) {
+        free(plan->block_stats[s]);
+        free(plan->stats[s]);
+    }
     free(plan->array_sums);
     free(plan->norms);
     free(plan->clip_factors);

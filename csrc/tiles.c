@@ -23,7 +23,8 @@ fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape)
     char *memory = calloc(1, loops + grad_loops + lengths);
     if (!memory)
         return FS_OUT_OF_MEMORY;
-    *array = (fs_array){.size = 1, .group = array->group, .n_dims = n_dims, .memory = memory};
+    *array = (fs_array){.size = 1, .group = array->group, .n_dims = n_dims, .memory = memory,
+                        .in_c_order = array->in_c_order, .in_blocks = array->in_blocks};
     array->loops = (fs_loop *)memory;
     array->grad_loops = (fs_loop *)(memory + loops);
     array->shape = (ptrdiff_t *)(memory + loops + grad_loops);
@@ -65,7 +66,7 @@ static bool are_one(const fs_loop *outer, const fs_loop *inner)
     return true;
 }
 
-/* All operands' dimensions in the order of the parameter's memory, merged likewise. */
+/* All operands' dimensions, in the order of the parameter's memory unless C order is called for, merged likewise. */
 static void arrange_loops(fs_array *array)
 {
     fs_loop *loops = array->loops;
@@ -76,9 +77,10 @@ static void arrange_loops(fs_array *array)
         if (loop.size == 1)
             continue;
         for (int o = 0; o < FS_N_OPERANDS; o++)
-            loop.stride[o] = array->operand[o].data && !array->operand[o].is_small ? array->operand[o].strides[d] : 0;
+            loop.stride[o] = array->operand[o].data && !array->operand[o].is_packed ? array->operand[o].strides[d] : 0;
         int place = n++;
-        for (; place > 1 && llabs(loops[place - 1].stride[FS_PARAM]) < llabs(loop.stride[FS_PARAM]); place--)
+        for (; !array->in_c_order && place > 1 &&
+               llabs(loops[place - 1].stride[FS_PARAM]) < llabs(loop.stride[FS_PARAM]); place--)
             loops[place] = loops[place - 1];
         loops[place] = loop;
     }
@@ -203,11 +205,20 @@ void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool
 
 void fs_array_set_small(fs_array *array, int operand, void *data, fs_dtype dtype, float *scales)
 {
-    array->has_small = true;
-    array->operand[operand].is_small = true;
+    array->in_blocks = true;
+    array->operand[operand].is_packed = true;
     array->operand[operand].data = data;
     array->operand[operand].dtype = dtype;
     array->operand[operand].scales = scales;
+}
+
+void fs_array_set_rounding(fs_array *array, fs_rounding rounding, void *residual)
+{
+    array->in_blocks = true;
+    array->rounding = rounding;
+    array->operand[FS_RESIDUAL].is_packed = true;
+    array->operand[FS_RESIDUAL].data = residual;
+    array->operand[FS_RESIDUAL].dtype = rounding == FS_MASTER ? FS_FLOAT32 : array->operand[FS_PARAM].dtype;
 }
 
 /* ---- Any part of an operand, as a run ------------------------------------------------------------------------------- */
@@ -269,16 +280,24 @@ static float *scales_from(const fs_operand *operand, size_t start)
     return operand->scales ? operand->scales + start / FS_SCALED : NULL;
 }
 
+static char *residual_from(const fs_array *array, size_t start)
+{
+    const fs_operand *residual = &array->operand[FS_RESIDUAL];
+    return residual->data ? residual->data + start * fs_dtype_size(residual->dtype) : NULL;
+}
+
 void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int o, size_t start, size_t count, void *run)
 {
     const fs_operand *operand = &array->operand[o];
     char *data = operand->data + start * fs_dtype_size(operand->dtype);
-    if (operand->is_small)
+    if (operand->is_packed)
         k->load_small[operand->dtype](count, run, data, scales_from(operand, start));
     else if (is_one_run(array, o))
         return data;
     else
         move(k, array, o, array->loops, array->n_loops, start, count, run, false);
+    if (o == FS_PARAM && array->operand[FS_RESIDUAL].data)
+        k->join[array->rounding][operand->dtype](count, run, residual_from(array, start));
     return run;
 }
 
@@ -287,7 +306,9 @@ void fs_store_in_memory_order(const fs_kernels *k, const fs_array *array, int o,
 {
     const fs_operand *operand = &array->operand[o];
     char *data = operand->data + start * fs_dtype_size(operand->dtype);
-    if (operand->is_small)
+    if (o == FS_PARAM && array->rounding != FS_NEAREST)
+        k->part[array->rounding][operand->dtype](count, run, residual_from(array, start), random);
+    if (operand->is_packed)
         k->store_small[operand->dtype](count, run, data, scales_from(operand, start), random, (o - FS_STATE) % 2);
     else if (!is_one_run(array, o))
         move(k, array, o, array->loops, array->n_loops, start, count, run, true);

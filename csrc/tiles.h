@@ -12,12 +12,14 @@ typedef struct { _Alignas(64) double run[FS_N_OPERANDS][2 * FS_BLOCK]; } fs_tile
 /* Elements [start, start + count) of the gradient in C order, copied to a run. */
 void fs_load_in_c_order(const fs_kernels *k, const fs_array *array, size_t start, size_t count, void *run);
 
-/* Elements [start, start + count) of an operand in the order of the parameter's memory: where they lie if they are a run
- * there, else copied to `run`. At most FS_BLOCK, and start a multiple of it. */
+/* Elements [start, start + count) of an operand in the order of the parameter's memory, or C order where that is called for:
+ * where they lie if they are a run there, else copied to `run`; a parameter with its residual. At most FS_BLOCK, and start a
+ * multiple of it. */
 void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int operand, size_t start, size_t count,
                               void *run);
 
-/* The reverse. Small states are rounded with these random bits, two states with the halves of the same. */
+/* The reverse. Small states and parameters of 16 bits are rounded with these random bits, two states with the halves of the
+ * same. A parameter is left as it was rounded. */
 void fs_store_in_memory_order(const fs_kernels *k, const fs_array *array, int operand, size_t start, size_t count, void *run,
                               const uint32_t *random);
 

@@ -19,14 +19,18 @@ STEPS = 3
 
 
 def compare(entry, settings, params, grads_of_steps, num_threads=None):
-    """Run both backends on copies of the parameters with the same layout."""
-    wanted, report = run(entry.optimizer, [p.copy() for p in params], grads_of_steps, **settings, backend="reference")
+    """Run both backends on copies of the parameters, which keep their layout: random rounding follows it."""
+    wanted, report = run(entry.optimizer, [p.copy(order="K") for p in params], grads_of_steps, **settings,
+                         backend="reference")  # fmt: skip
     found, c_report = run(entry.optimizer, [p.copy(order="K") for p in params], grads_of_steps, **settings,
                           num_threads=num_threads)  # fmt: skip
     assert_same_bits(found, wanted)
     assert_same_bits([np.array(c_report.grad_norm or 0.0)], [np.array(report.grad_norm or 0.0)])
     assert_same_bits([np.array(c_report.clip_factor)], [np.array(report.clip_factor)])
     assert c_report.nonfinite == report.nonfinite
+    assert (c_report.stats is None) == (report.stats is None)
+    if report.stats is not None:
+        assert_same_bits([c_report.stats.rows], [report.stats.rows])
 
 
 @pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
@@ -58,6 +62,20 @@ def test_dtypes(entry, settings, options, param_dtype, grad_dtype, level, rng):
     params = [rng.standard_normal(n).astype(param_dtype) for n in shape]
     grads = [[rng.standard_normal(n).astype(grad_dtype) for n in shape] for _ in range(STEPS)]
     compare(entry, {**settings, **options}, params, grads)
+
+
+HALVES = [(dtype, o) for dtype in (np.float16, ml_dtypes.bfloat16) for o in database.low_precision_options(dtype)]
+
+
+@pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
+@pytest.mark.parametrize(("dtype", "options"), HALVES, ids=setting_id)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_low_precision(entry, settings, dtype, options, num_threads, level, all_threads, rng):
+    params = [rng.standard_normal(n).astype(dtype) for n in (0, 1, 70, 5000)] + [
+        rng.standard_normal((30, 70)).astype(dtype).T
+    ]
+    grads = [[rng.standard_normal(p.shape).astype(dtype) for p in params] for _ in range(STEPS)]
+    compare(entry, {**settings, **options}, params, grads, num_threads)
 
 
 # ---- Layouts ----

@@ -45,8 +45,8 @@ def test_check_notices_one_differing_bit(capsys, monkeypatch):
         def __init__(self, params, *others):
             self.first = params[-1]
 
-        def update(self, apply, clear_grads, used=None):
-            update(self, apply, clear_grads, used)
+        def update(self, apply, clear_grads, used=None, stats=None):
+            update(self, apply, clear_grads, used, stats)
             self.first[-1:] = np.nextafter(self.first[-1:], self.first.dtype.type(9))
 
     monkeypatch.setattr(check, "sizes", lambda thorough: [1, 17])

@@ -43,7 +43,7 @@ def test_structures(params, names, backend):
     assert [name for group in opt.param_groups for name in group["names"]] == names
     # Gradients of the same structure: here the parameters' own copies.
     copied = copy_tree(params)
-    assert opt.step(copied) == (1, True, opt.step(copied).grad_norm, 1.0, {})
+    assert opt.step(copied) == (1, True, opt.step(copied).grad_norm, 1.0, {}, None)
 
 
 def copy_tree(tree):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fusedstep as fs
-from fusedstep import reference
+from fusedstep import _arrays, reference
 
 INT8, UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
 codes = pytest.mark.parametrize("dtype", [INT8, UINT8], ids=str)
@@ -92,7 +92,7 @@ def test_random_bits_are_what_they_were():
     assert (reference.random_halves(1, 2, 3, 1, 2000) != found).mean() > 0.99
 
 
-RANDOM = [38564, 20174, 23563, 50777, 19786]
+RANDOM = [37656, 65305, 43483, 44498, 9056]
 
 
 def test_random_bits_are_uniform_and_independent():
@@ -205,7 +205,7 @@ def test_state_is_loaded_into_other_types_and_orders(there, here, order):
 
     def values(optimizer, param, key):
         own = optimizer.state["w"]
-        real, axes = np.dtype(np.float32), reference.memory_axes(param)
+        real, axes = np.dtype(np.float32), _arrays.memory_axes(param)
         return reference.load_state(own[key], own.get(f"{key}_scale"), axes, real).astype(np.float64)
 
     for key in ("exp_avg", "exp_avg_sq"):

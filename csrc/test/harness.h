@@ -188,7 +188,7 @@ static void set_contiguous(fs_array *array, int o, void *data, fs_dtype dtype)
  * every other, the first too, has an average; the contents depend on the arguments alone. */
 static fs_plan *make_plan(int storage, size_t n_arrays, const size_t *sizes)
 {
-    fs_plan *plan = fs_plan_new(n_arrays, 2);
+    fs_plan *plan = fs_plan_new(n_arrays, 2, false);
     random_state = 1;
     for (size_t i = 0; i < n_arrays; i++) {
         fs_array *array = &plan->arrays[i];
@@ -218,7 +218,7 @@ static void free_plan(fs_plan *plan)
 /* A plan for as many arrays, of this shape, which are yet to be given a place. */
 static fs_plan *make_plan_like(const fs_plan *model, int n_dims, const ptrdiff_t *shape)
 {
-    fs_plan *plan = fs_plan_new(model->n_arrays, model->n_groups);
+    fs_plan *plan = fs_plan_new(model->n_arrays, model->n_groups, false);
     for (size_t i = 0; i < model->n_arrays; i++)
         CHECK(fs_array_init(&plan->arrays[i], n_dims, shape) == FS_OK);
     CHECK(fs_plan_finish(plan) == FS_OK);

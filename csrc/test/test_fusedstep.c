@@ -526,7 +526,7 @@ static void test_small_states(void)
         FOR_LEVELS(level)
             for (int n_threads = 1; n_threads <= 3; n_threads++) {
                 CONTEXT("size %zu, level %s, %d threads", sizes[s], fs_level_name(level), n_threads);
-                fs_plan *plan = fs_plan_new(1, 2);
+                fs_plan *plan = fs_plan_new(1, 2, false);
                 fs_options its_options = options;
                 its_options.n_threads = n_threads;
                 init_flat(&plan->arrays[0], sizes[s]);
@@ -1128,7 +1128,7 @@ static void test_many_arrays(void)
 
     copy_plan(t.expected, t.initial);
     for (size_t i = 0; i < N_ARRAYS; i++) {
-        fs_plan *alone = fs_plan_new(1, 1);
+        fs_plan *alone = fs_plan_new(1, 1, false);
         init_flat(&alone->arrays[0], sizes[i]);
         alone->groups[0] = t.expected->groups[t.expected->arrays[i].group];
         for (int o = 0; o < FS_N_OPERANDS; o++) {
@@ -1196,9 +1196,9 @@ static void test_half_made_plans(void)
     float data[6] = {0};
     const ptrdiff_t shape[] = {2, 3}, strides[] = {4, 8};
     fs_plan_free(NULL);
-    fs_plan_free(fs_plan_new(0, 0));
+    fs_plan_free(fs_plan_new(0, 0, false));
     for (int n_set = 0; n_set <= FS_N_OPERANDS; n_set++) {
-        fs_plan *plan = fs_plan_new(2, 1);
+        fs_plan *plan = fs_plan_new(2, 1, false);
         CHECK(plan != NULL && fs_array_init(&plan->arrays[1], 2, shape) == FS_OK);
         for (int o = 0; o < n_set; o++)
             for (int times = 0; times < 2; times++)
@@ -1214,7 +1214,7 @@ static void test_out_of_memory(void)
     int n_failed = 0;
     for (bool done = false; !done; n_failed += !done) {
         callocs_left = n_failed;
-        fs_plan *plan = fs_plan_new(2, 1);
+        fs_plan *plan = fs_plan_new(2, 1, false);
         bool complete = plan != NULL;
         for (int i = 0; complete && i < 2; i++)
             complete = fs_array_init(&plan->arrays[i], 2, shape) == FS_OK;

@@ -21,12 +21,15 @@ from .errors import NonFiniteGradientError
 from .optimizer import Optimizer, StepReport
 from .rules import *  # noqa: F403
 from .scaling import DynamicLossScaler
+from .telemetry import ArrayStats, Stats
 
 __all__ = [
+    "ArrayStats",
     "Checkpoint",
     "DynamicLossScaler",
     "NonFiniteGradientError",
     "Optimizer",
+    "Stats",
     "StepReport",
     "__version__",
     "clip_by_global_norm",

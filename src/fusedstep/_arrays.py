@@ -111,27 +111,38 @@ def byte_bounds(array: Array) -> tuple[int, int]:
     return low, high + array.itemsize
 
 
-def zeros_together(models: Iterable[tuple[Array, np.dtype[Any]]]) -> list[Array]:
-    """Zeros of the shapes and memory layouts of some arrays, in one block of memory.
+def memory_axes(array: Array) -> list[int]:
+    """The axes of an array in the order of its memory."""
+    return sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
+
+
+def flat(array: Array, axes: list[int]) -> Array:
+    """The elements of an array in this order of its axes; a view if they lie so."""
+    return array.transpose(axes).reshape(-1)
+
+
+def shaped(elements: Array, shape: tuple[int, ...], axes: list[int]) -> Array:
+    """The reverse: a view of this shape."""
+    return elements.reshape([shape[axis] for axis in axes]).transpose([axes.index(a) for a in range(len(shape))])
+
+
+def zeros_together(models: Iterable[tuple[Array, list[int], np.dtype[Any]]]) -> list[Array]:
+    """Zeros of the shapes of some arrays, their axes in these orders, in one block of memory.
 
     Each lies to its cache lines as its model does: loops over both then meet the lines' ends at the same elements.
     """
     models = list(models)
     places, size = [], 0
-    for model, dtype in models:
+    for model, _, dtype in models:
         place = size + byte_bounds(model)[0] % CACHE_LINE // dtype.itemsize * dtype.itemsize
         places.append(place)
         size = -(-(place + model.size * dtype.itemsize) // CACHE_LINE) * CACHE_LINE
     block = np.zeros(size + CACHE_LINE, np.uint8)
     block = block[-block.ctypes.data % CACHE_LINE :]
     arrays = []
-    for (model, dtype), place in zip(models, places):
-        flat = block[place : place + model.size * dtype.itemsize].view(dtype)
-        strides = np.empty_like(model, dtype).strides
-        axes = sorted(range(model.ndim), key=lambda axis: -strides[axis])
-        arrays.append(
-            flat.reshape([model.shape[axis] for axis in axes]).transpose([axes.index(a) for a in range(model.ndim)])
-        )
+    for (model, axes, dtype), place in zip(models, places):
+        elements = block[place : place + model.size * dtype.itemsize].view(dtype)
+        arrays.append(shaped(elements, model.shape, axes))
     return arrays
 
 

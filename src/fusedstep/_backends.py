@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Union
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from . import _arrays, reference
 from ._arrays import Change, assign
+from .state import Operands
 
 Array = NDArray[Any]
 
@@ -46,20 +46,19 @@ class ReferencePlan:
     def __init__(
         self,
         params: list[Array],
-        states: list[tuple[Array, ...]],
+        operands: list[Operands],
         groups: list[int],
         rules: list[Any],
-        averages: list[Array | None] | None = None,
-        scales: list[tuple[Array | None, ...]] | None = None,
         seed: int = 0,
+        has_stats: bool = False,
     ) -> None:
-        self.params, self.states, self.groups, self.rules = params, states, groups, rules
-        self.averages = averages or [None] * len(params)
-        self.scales = scales or [(None,) * len(own) for own in states]
-        self.seed = seed
+        self.params, self.operands, self.groups, self.rules = params, operands, groups, rules
+        self.seed, self.has_stats = seed, has_stats
         self.grads: Any = None  # a list of arrays, once any are bound
         self.values: list[dict[str, Any]] = [{} for _ in rules]
         self.stages: list[dict[str, Any]] = []
+        self.norms = np.zeros(len(params))
+        self.n_nonfinite = np.zeros(len(params))
         self._steps = np.zeros((), np.int64)
 
     @property
@@ -116,19 +115,14 @@ class ReferencePlan:
         ]
         return applied, grad_norm, smallest(factors), bad
 
-    def update(self, apply: bool, clear_grads: bool, used: ReferencePlan | None = None) -> None:
+    def update(self, apply: bool, clear_grads: bool, used: ReferencePlan | None = None, stats: Array | None = None) -> None:
         changes: list[Change] = [(used._steps, ..., 0)] if used is not None else []
         if apply:
-            for i, (param, states) in enumerate(zip(self.params, self.states)):
-                scales = [own for own in self.scales[i] if own is not None]
-                new = [param.copy(), *(array.copy() for array in [*states, *scales])]
-                self._update(i, *new)
-                changes += zip([param, *states, *scales], itertools.repeat(...), new)
-                average = self.averages[i]
-                if average is not None:
-                    new_average = average.copy()
-                    reference.move_average(new_average, new[0], self.values[self.groups[i]]["ema_decay"])
-                    changes.append((average, ..., new_average))
+            for i in range(len(self.params)):
+                updated, found = self._updated(i)
+                changes += updated
+                if stats is not None:
+                    changes.append((stats, i, found))
             changes.append((self._steps, ..., self._steps + 1))
         if clear_grads:
             changes += [(grad, ..., np.zeros_like(grad)) for grad in self.grads]
@@ -142,36 +136,70 @@ class ReferencePlan:
             changes.append((grad, ..., g.reshape(grad.shape).astype(grad.dtype)))
         assign(changes)
 
-    def _update(self, i: int, param: Array, *states_and_scales: Array) -> None:
+    def _updated(self, i: int) -> tuple[list[Change], Any]:
+        """What is to be assigned to a parameter and what goes with it; and its statistics, if they are asked for."""
+        param, (states, scales, average, low_precision, residual) = self.params[i], self.operands[i]
         rule, state_names = self.rules[self.groups[i]]
-        values = {k: v for k, v in self.values[self.groups[i]].items() if k in keywords(rule)}
-        stored, rest = states_and_scales[: len(state_names)], iter(states_and_scales[len(state_names) :])
-        pairs = [(state, None if old is None else next(rest)) for state, old in zip(stored, self.scales[i])]
-        axes, real = reference.memory_axes(self.params[i]), reference.compute_dtype(param.dtype)
-        states = [reference.load_state(state, scales, axes, real) for state, scales in pairs]
-        rule(param, self.grads[i], **dict(zip(state_names, states)), step=self.steps + 1, **self.stages[i], **values)
-        for number, (values_of, (state, scales)) in enumerate(zip(states, pairs)):
-            if reference.is_small(state):
-                random = reference.random_halves(self.seed, self.steps + 1, i, number, param.size)
-                reference.store_state(values_of, state, scales, axes, random)
+        values = self.values[self.groups[i]]
+        real = reference.compute_dtype(param.dtype)
+        axes = list(range(param.ndim)) if self.has_stats else _arrays.memory_axes(param)
+        step = self.steps + 1
+
+        def random(number: int) -> Array:
+            return reference.random_halves(self.seed, step, i, number, param.size)
+
+        before = reference.join(param, low_precision, residual) if residual is not None else param.astype(real)
+        exact = before.copy()
+        scales = scales or (None,) * len(states)
+        exact_states = [reference.load_state(*pair, axes, real).copy() for pair in zip(states, scales)]
+        hyper = {k: v for k, v in values.items() if k in keywords(rule)}
+        rule(exact, self.grads[i], **dict(zip(state_names, exact_states)), step=step, **self.stages[i], **hyper)
+
+        new_param, new_residual = param.copy(), None if residual is None else residual.copy()
+        bits = _arrays.shaped(random(reference.PARAM), param.shape, axes) if low_precision == "stochastic" else None
+        reference.part(exact, new_param, low_precision, new_residual, bits)
+        changes: list[Change] = [(param, ..., new_param)]
+        if residual is not None:
+            changes.append((residual, ..., new_residual))
+        for number, (state, own_scales, new) in enumerate(zip(states, scales, exact_states)):
+            if reference.is_small(state.dtype):
+                new_state, new_scales = state.copy(), None if own_scales is None else own_scales.copy()
+                reference.store_state(new, new_state, new_scales, axes, random(number))
+                changes += [(state, ..., new_state), *([] if own_scales is None else [(own_scales, ..., new_scales)])]
+            else:
+                changes.append((state, ..., new))
+        after = reference.join(new_param, low_precision, new_residual) if residual is not None else new_param.astype(real)
+        if average is not None:
+            new_average = average.copy()
+            reference.move_average(new_average, after, values["ema_decay"])
+            changes.append((average, ..., new_average))
+        return changes, self._stats(i, before, after) if self.has_stats else None
+
+    def _stats(self, i: int, before: Array, after: Array) -> tuple[float, ...]:
+        with np.errstate(all="ignore"):
+            norms = [math.sqrt(reference.sum_squares(a.reshape(-1))) for a in (after, after - before)]
+            n_zero = np.count_nonzero(self.grads[i].astype(before.dtype) == 0)
+        return self.norms[i], *norms, self.stages[i]["clip_factor"], n_zero, self.n_nonfinite[i]
 
     def _measure(
         self, grad_scale: float, clip_norm: float | None, nonfinite: str
     ) -> tuple[bool, float | None, list[float], list[tuple[int, int]]]:
         """Whether to go on, norm of all gradients, clip factor of each, and where how many elements are not finite."""
         limits = [self.values[group].get("clip_norm_per_array") for group in self.groups]
-        if nonfinite == "propagate" and clip_norm is None and not any(limits):
+        if nonfinite == "propagate" and clip_norm is None and not any(limits) and not self.has_stats:
             return True, None, [1.0] * len(self.params), []
         sums, bad = [], []
         with np.errstate(all="ignore"):
             for i, (param, grad) in enumerate(zip(self.params, self.grads)):
                 g = reference.load_gradient(grad, reference.compute_dtype(param.dtype), grad_scale)
                 n_bad = g.size - int(np.isfinite(g).sum())
+                self.n_nonfinite[i] = n_bad
                 if n_bad:
                     bad.append((i, n_bad))
                     if nonfinite == "zero":
                         g[~np.isfinite(g)] = 0
                 sums.append(reference.scaled_sum_squares(g))
+        self.norms[:] = [reference.ldexp(math.sqrt(total), e) for total, e in sums]
         root, exponent = reference.combine(sums)
         grad_norm = reference.ldexp(root, exponent)
         factors = [reference.clip_factor(math.sqrt(total), e, limit) for (total, e), limit in zip(sums, limits)]

@@ -10,7 +10,7 @@ from cpython.object cimport PyObject, PyTypeObject
 from cpython.pythread cimport (
     PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_release_lock, PyThread_type_lock,
 )
-from libc.math cimport INFINITY
+from libc.math cimport INFINITY, ldexp, sqrt
 from libc.stddef cimport ptrdiff_t, size_t
 cimport numpy as cnp
 
@@ -65,6 +65,13 @@ cdef extern from "fusedstep.h" nogil:
         FS_INT8
         FS_UINT8
 
+    ctypedef enum fs_rounding:
+        FS_NEAREST
+        FS_STOCHASTIC
+        FS_KAHAN
+        FS_SPLIT
+        FS_MASTER
+
     ctypedef enum fs_nonfinite:
         FS_NONFINITE_STOP
         FS_NONFINITE_ZERO
@@ -96,8 +103,12 @@ cdef extern from "fusedstep.h" nogil:
         FS_GRAD
         FS_STATE
         FS_AVERAGE
+        FS_RESIDUAL
         FS_N_OPERANDS
         FS_MAX_STATES
+        FS_PARAM_SQUARES
+        FS_UPDATE_SQUARES
+        FS_ZERO_GRADS
 
     ctypedef struct fs_operand:
         char *data
@@ -110,6 +121,8 @@ cdef extern from "fusedstep.h" nogil:
         fs_operand *operand
 
     ctypedef struct fs_norm:
+        double sum_squares
+        int exponent
         size_t n_nonfinite
 
     ctypedef struct fs_group:
@@ -123,6 +136,9 @@ cdef extern from "fusedstep.h" nogil:
         fs_array *arrays
         fs_group *groups
         fs_norm *norms
+        double *clip_factors
+        bint has_stats
+        double **stats
         double step
         unsigned long long seed
 
@@ -136,13 +152,14 @@ cdef extern from "fusedstep.h" nogil:
         bint applied, has_norm
         double grad_norm, clip_factor
 
-    fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups)
+    fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups, bint has_stats)
     fs_status fs_plan_finish(fs_plan *plan)
     void fs_plan_free(fs_plan *plan)
     fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape)
     size_t fs_dtype_size(fs_dtype dtype)
     void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bint aligned, const ptrdiff_t *strides)
     void fs_array_set_small(fs_array *array, int operand, void *data, fs_dtype dtype, float *scales)
+    void fs_array_set_rounding(fs_array *array, fs_rounding rounding, void *residual)
     void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report)
     void fs_update(fs_plan *plan, const fs_options *options)
     void fs_clear(fs_plan *plan, const fs_options *options)
@@ -176,6 +193,10 @@ cdef dict ERRORS = {
     FS_OUT_OF_MEMORY: (MemoryError, "out of memory while preparing a step; nothing has changed"),
     FS_UNKNOWN_RULE: (ValueError, "unknown rule"),
     FS_BAD_LEVEL: (ValueError, "this CPU level is not available"),
+}
+
+cdef dict ROUNDINGS = {
+    "nearest": FS_NEAREST, "stochastic": FS_STOCHASTIC, "kahan": FS_KAHAN, "split": FS_SPLIT, "master": FS_MASTER,
 }
 
 cdef int check(fs_status status) except -1:
@@ -388,24 +409,22 @@ cdef class Plan:
     Parameters
     ----------
     params : list of ndarray
-    states : list of tuple of ndarray
-        State arrays of each parameter, in the rule's order.
+    operands : list of Operands
+        What goes with each parameter.
     groups : list of int
         Index into ``rules`` for each parameter.
     rules : list of (str or None)
         The kernel of each group; None for a plan that only measures or clips gradients.
-    averages : list of (ndarray or None), optional
-        The average of each parameter.
-    scales : list of tuple of (ndarray or None), optional
-        The scales of states of 8 bits.
     seed : int
-        Of the random rounding of small states.
+        Of random rounding.
+    has_stats : bool
+        Whether updates make statistics.
     """
 
     cdef fs_plan *plan
     cdef fs_options options
     cdef readonly list params
-    cdef list states, averages, scales, places
+    cdef list operands, places
     cdef readonly list grads    # None before any are bound
     cdef int apart              # whether no elements of gradients share memory; -1: to be found out
     cdef PyArrayObject **written    # what a step writes, by array, NULL where none; owned by the lists
@@ -414,17 +433,15 @@ cdef class Plan:
     cdef list seen              # what `repeat` expects: each group's dictionary, and its keys and values in turn
     cdef tuple seen_options     # clip_norm, nonfinite, num_threads
 
-    def __cinit__(self, list params, list states, list groups, list rules, list averages=None,
-                  list scales=None, unsigned long long seed=0):
+    def __cinit__(self, list params, list operands, list groups, list rules, unsigned long long seed=0,
+                  bint has_stats=False):
         cdef fs_array *array
         cdef PyArrayObject *param
         cdef size_t i, s
         self.params = params
-        self.states = states
-        self.averages = averages
-        self.scales = scales
+        self.operands = operands
         self.places = []
-        self.plan = fs_plan_new(len(params), len(rules))
+        self.plan = fs_plan_new(len(params), len(rules), has_stats)
         if self.plan == NULL:
             check(FS_OUT_OF_MEMORY)
         for i, rule in enumerate(rules):
@@ -444,12 +461,15 @@ cdef class Plan:
             param = <PyArrayObject *><cnp.ndarray>params[i]
             check(fs_array_init(array, PyArray_NDIM(param), PyArray_DIMS(param)))
             self.set_written(i, FS_PARAM, params[i])
-            if rules[groups[i]] is not None and len(states[i]) != fs_rule_states(self.plan.groups[array.group].rule):
-                raise ValueError(f"rule {rules[groups[i]]} has another number of states than {len(states[i])}")
-            for s in range(len(states[i])):
-                self.set_state(i, <int>s, states[i][s], None if scales is None else scales[i][s])
-            if averages is not None and averages[i] is not None:
-                self.set_written(i, FS_AVERAGE, averages[i])
+            states, scales, average, low_precision, residual = operands[i]
+            if rules[groups[i]] is not None and len(states) != fs_rule_states(self.plan.groups[array.group].rule):
+                raise ValueError(f"rule {rules[groups[i]]} has another number of states than {len(states)}")
+            for s in range(len(states)):
+                self.set_state(i, <int>s, states[s], scales[s] if scales else None)
+            if average is not None:
+                self.set_written(i, FS_AVERAGE, average)
+            if low_precision != "nearest":
+                self.set_rounding(i, ROUNDINGS[low_precision], residual)
         self.plan.seed = seed
         check(fs_plan_finish(self.plan))
 
@@ -470,6 +490,12 @@ cdef class Plan:
         self.written[i * N_WRITTEN + FS_STATE + s] = <PyArrayObject *>array
         if scales is not None:
             self.written[i * N_WRITTEN + FS_N_OPERANDS + s] = <PyArrayObject *>scales
+        return 0
+
+    cdef int set_rounding(self, size_t i, fs_rounding rounding, cnp.ndarray residual) except -1:
+        cdef PyArrayObject *pointer = NULL if residual is None else <PyArrayObject *>residual
+        fs_array_set_rounding(&self.plan.arrays[i], rounding, NULL if pointer == NULL else PyArray_DATA(pointer))
+        self.written[i * N_WRITTEN + FS_RESIDUAL] = pointer
         return 0
 
     # ---- Gradients ----
@@ -641,15 +667,31 @@ cdef class Plan:
 
     # What follows uses gradients that were measured. Nothing here can fail or be interrupted: no allocation, no Python.
 
-    def update(self, bint apply, bint clear_grads, Plan used=None):
+    def update(self, bint apply, bint clear_grads, Plan used=None, cnp.ndarray stats=None):
         """Update parameters and states if the step is to be applied, then clear the gradients if they are to be.
 
-        The steps of `used`, the plan that summed up these gradients, count from 0 again.
+        The steps of `used`, the plan that summed up these gradients, count from 0 again. `stats` gets a row for each array:
+        norms of gradient, parameter and update, clip factor, numbers of elements of the gradient that are 0 and not finite.
         """
+        cdef double *rows = NULL if stats is None else <double *>PyArray_DATA(<PyArrayObject *>stats)
         with nogil:
             self.finish(apply, clear_grads)
+            if apply and rows != NULL:
+                self.tell(rows)
         if used is not None:
             used.plan.step = 0
+
+    cdef void tell(self, double *rows) noexcept nogil:
+        cdef size_t i
+        cdef double *row
+        for i in range(self.plan.n_arrays):
+            row = rows + 6 * i
+            row[0] = ldexp(sqrt(self.plan.norms[i].sum_squares), self.plan.norms[i].exponent)
+            row[1] = sqrt(self.plan.stats[FS_PARAM_SQUARES][i])
+            row[2] = sqrt(self.plan.stats[FS_UPDATE_SQUARES][i])
+            row[3] = self.plan.clip_factors[i]
+            row[4] = self.plan.stats[FS_ZERO_GRADS][i]
+            row[5] = <double>self.plan.norms[i].n_nonfinite
 
     cdef void finish(self, bint apply, bint clear_grads) noexcept nogil:
         if apply:
@@ -689,7 +731,7 @@ cdef class Plan:
         report_type : type
             A named tuple.
         """
-        if self.seen is None or not PyThread_acquire_lock(lock.lock, 0):
+        if self.seen is None or self.plan.has_stats or not PyThread_acquire_lock(lock.lock, 0):
             return None
         try:
             return self.repeat_locked(settings, grads, grad_scale, zero_grads, report_type)
@@ -737,6 +779,7 @@ cdef class Plan:
                 return None
         result = PyTuple_Type.tp_new(report_type, ((
             <long long>self.plan.step + 1, True, report.grad_norm if report.has_norm else None, report.clip_factor, {},
+            None,
         ),), NULL)
         if self.plan.n_elements < N_SMALL:
             self.finish(True, zero_grads)

@@ -23,7 +23,9 @@ class Options(TypedDict, total=False):
     bounds: tuple[float | None, float | None] | None
     ema_decay: Hyper | None
     state_dtype: str | None
+    low_precision: str
     seed: int
+    stats: bool
     nonfinite: str
     convention: str
     backend: str
@@ -42,7 +44,9 @@ OPTION_DEFAULTS: dict[str, Any] = {
     "bounds": None,
     "ema_decay": None,
     "state_dtype": None,
+    "low_precision": "nearest",
     "seed": 0,
+    "stats": False,
     "nonfinite": "raise",
     "convention": "torch",
     "backend": "c",
@@ -52,11 +56,13 @@ OPTION_DEFAULTS: dict[str, Any] = {
 
 # Options of the whole optimizer; the others may differ between parameter groups.
 GLOBAL_OPTIONS = (
-    "clip_norm", "state_dtype", "seed", "nonfinite", "convention", "backend", "num_threads", "allocate_state",
+    "clip_norm", "state_dtype", "low_precision", "seed", "stats", "nonfinite", "convention", "backend", "num_threads",
+    "allocate_state",
 )  # fmt: skip
 
 CHOICES = {
     "state_dtype": (None, "float32", "bfloat16", "int8"),
+    "low_precision": ("nearest", "stochastic", "kahan", "split", "master"),
     "nonfinite": ("raise", "skip", "zero", "propagate"),
     "convention": ("torch",),
     "backend": ("c", "reference"),

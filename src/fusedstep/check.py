@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from . import _backends, database
 from .config import show_config
 from .progress import progress
+from .state import Operands
 
 Array = NDArray[Any]
 
@@ -111,7 +112,7 @@ def check_norms(shape: list[int]) -> tuple[int, int]:
         grads = [lay_out((rng.standard_normal(n) * scale).astype(dtype), layout) for layout, n in enumerate(shape)]
         norms = []
         for make in (core.Plan, _backends.ReferencePlan):
-            plan = make(grads, [()] * len(grads), [0] * len(grads), [None])
+            plan = make(grads, [Operands()] * len(grads), [0] * len(grads), [None])
             plan.bind(grads)
             plan.set_group(0, {})
             norms.append(np.array([plan.measure()[1]]))
@@ -125,7 +126,8 @@ def combinations(thorough: bool) -> list[tuple[database.Entry, dict[str, Any], t
     cases = []
     for entry, dtypes in itertools.product(database.ENTRIES, dtype_pairs()):
         common = thorough or dtypes in [(np.float32, np.float32), (np.float64, np.float64)]
-        for settings, options in itertools.product(entry.settings, database.OPTIONS if common else database.OPTIONS[::10]):
+        option_sets = database.OPTIONS if common else database.OPTIONS[::10] + database.low_precision_options(dtypes[0])
+        for settings, options in itertools.product(entry.settings, option_sets):
             cases.append((entry, {**settings, **options}, dtypes))
     return cases
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from . import _arrays, _backends, _hyper
 from .errors import NonFiniteGradientError
+from .state import Operands
 
 
 class Gradients:
@@ -20,7 +21,7 @@ class Gradients:
         if writeable:
             _arrays.check_overlaps(zip(labels, arrays))
         make = _backends.ReferencePlan if _backends.core is None else _backends.core.Plan
-        self.plan: Any = make(arrays, [()] * len(arrays), [0] * len(arrays), [None])
+        self.plan: Any = make(arrays, [Operands()] * len(arrays), [0] * len(arrays), [None])
         self.plan.bind(arrays)
         self.plan.set_group(0, clipping)
 

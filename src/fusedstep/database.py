@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from . import rules
 
 
@@ -130,6 +132,12 @@ INVALID = [
         ValueError,
         "state_dtype: expected one of None, 'float32', 'bfloat16', 'int8', got 'int4'",
     ),
+    (
+        {"low_precision": "exact"},
+        ValueError,
+        "low_precision: expected one of 'nearest', 'stochastic', 'kahan', 'split', 'master', got 'exact'",
+    ),
+    ({"stats": 1}, TypeError, "stats: expected True or False, got 1"),
     ({"seed": -1}, ValueError, "seed: expected a whole number in [0, 2**64), got -1"),
     ({"seed": 0.5}, TypeError, "seed: expected a whole number, got 0.5"),
     (
@@ -159,6 +167,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"ema_decay": 0.9},
     {"state_dtype": "int8", "seed": 3},
     {"state_dtype": "float32"},
+    {"stats": True},
     {
         "weight_decay": 0.1,
         "l1": 0.01,
@@ -171,6 +180,22 @@ OPTIONS: list[dict[str, Any]] = [
         "nonfinite": "zero",
     },
 ]
+
+# The same for parameters of 16 bits alone.
+LOW_PRECISION: list[dict[str, Any]] = [
+    {"low_precision": "stochastic", "seed": 5, "state_dtype": "int8"},
+    {"low_precision": "kahan", "stats": True},
+    {"low_precision": "master", "ema_decay": 0.9},
+    {"low_precision": "split", "ema_decay": 0.9, "clip_norm": 0.5},
+]
+
+
+def low_precision_options(dtype: Any) -> list[dict[str, Any]]:
+    """Those of them that parameters of this type take."""
+    if np.dtype(dtype).itemsize > 2:
+        return []
+    return [options for options in LOW_PRECISION if options["low_precision"] != "split" or dtype != np.float16]
+
 
 TRAIN: dict[str, tuple[type[Any], dict[str, Any]]] = {
     name: (entry.optimizer, settings) for entry in ENTRIES for name, settings in entry.train.items()

@@ -22,6 +22,7 @@ import numpy as np
 
 from . import _arrays, _backends, _hyper, reference, rules
 from .optimizer import Optimizer
+from .state import Operands
 
 STAGE_DEFAULTS = {
     "grad_scale": 1.0,
@@ -75,7 +76,7 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         _arrays.check_overlaps(written)
         _arrays.check_overlaps(written, [("grad", grad)])
 
-        plan = _backends.require_core().Plan([param], [arrays], [0], [optimizer._kernel_name(states, values)])
+        plan = _backends.require_core().Plan([param], [Operands(arrays)], [0], [optimizer._kernel_name(states, values)])
         plan.steps = given["step"] - 1
         plan.bind([grad])
         plan.set_group(0, values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import operator
 import threading
@@ -15,17 +14,16 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _arrays, _backends, _hyper, reference
+from . import _arrays, _backends, _hyper, reference, state
 from ._arrays import Change, assign
 from ._hyper import Hyper
 from .errors import NonFiniteGradientError
+from .state import AVERAGE, RESIDUALS, Kernel, Need, Operands
+from .telemetry import Stats
 
 Array = NDArray[Any]
 
 STATE_DICT_VERSION = 1
-FLOAT32 = np.dtype(np.float32)
-AVERAGE = "average"  # the state array that `ema_decay` calls for
-SCALE = "_scale"  # ends the name of the array that goes with an 8-bit state
 SAVED_OPTIONS = ("clip_norm", "seed", "nonfinite")  # of the whole optimizer; groups save theirs
 
 
@@ -42,24 +40,8 @@ class StepReport(NamedTuple):
     """Smallest factor a gradient was multiplied by to clip its norm; 1.0 if none was."""
     nonfinite: dict[str, int]
     """Names of the arrays whose gradients held inf or nan, with the number of such elements."""
-
-
-class StateSpec(NamedTuple):
-    """What a state array of a parameter is to be."""
-
-    like: Array
-    """Of its shape, and in its memory layout."""
-    dtype: np.dtype[Any]
-    fill: float | Array
-
-
-class Kernel(NamedTuple):
-    """A compiled rule and the state arrays it works on, in its order."""
-
-    name: str
-    states: tuple[str, ...]
-    averages: bool
-    """Whether the average of the parameters follows, which is a further state array."""
+    stats: Stats | None
+    """With ``stats=True``, norms and counts by array; None if the step was skipped."""
 
 
 class Optimizer:
@@ -99,8 +81,15 @@ class Optimizer:
         computes with exact values and then rounds both at random, up as often as the distance to the value below calls for:
         rounding to the nearest would freeze averages that change by less than a last digit. Averages of parameters and what
         a rule subtracts from one another are not rounded.
+    low_precision : {"nearest", "stochastic", "kahan", "split", "master"}
+        How float16 and bfloat16 parameters, which are computed in float32, are stored: rounded to the nearest, which loses
+        small updates; rounded at random as states are; or with the rest kept as a state: ``compensation`` in the parameter's
+        type, which the next step adds ("kahan"); ``remainder``, the 16 bits that make a bfloat16 a float32 ("split");
+        ``master``, a float32 copy that steps go on from, with the parameter rounded from it ("master").
     seed : int
-        Of that: the same for each seed, step, array and element, with any number of threads.
+        Of what is rounded at random: the same for each seed, step, array and element, with any number of threads.
+    stats : bool
+        Have reports with norms of gradients, parameters and updates by array; see :class:`Stats`.
     nonfinite : {"raise", "skip", "zero", "propagate"}
         What an inf or nan in a gradient does: raise :class:`NonFiniteGradientError`, leave out the step, count as 0, or go
         on unchecked, which saves reading the gradients once more. In the first two cases nothing changes.
@@ -145,10 +134,23 @@ class Optimizer:
         """The C kernel for these state arrays."""
         return cls._rule.__name__
 
-    @classmethod
-    def _kernel(cls, hyper: Mapping[str, Any]) -> Kernel:
-        states = cls._states(hyper)
-        return Kernel(cls._kernel_name(states, hyper), states, hyper["ema_decay"] is not None)
+    def _kernel(self, hyper: Mapping[str, Any]) -> Kernel:
+        """What parameters with these hyper-parameters need."""
+        states = self._states(hyper)
+        needs = [Need(name, self._state_type(name, hyper), self._initial_state(name, hyper)) for name in states]
+        residual = RESIDUALS[self.low_precision]
+        if residual is not None:
+            needs.append(residual)
+        if hyper["ema_decay"] is not None:
+            needs.append(Need(AVERAGE, "compute", None))
+        return Kernel(self._kernel_name(states, hyper), states, tuple(needs))
+
+    def _state_type(self, name: str, hyper: Mapping[str, Any]) -> str:
+        if self.state_dtype is None or name in self._exact_states(hyper):
+            return "compute"
+        if self.state_dtype == "int8":
+            return "uint8" if name in self._non_negative_states else "int8"
+        return self.state_dtype
 
     @staticmethod
     def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
@@ -179,9 +181,11 @@ class Optimizer:
         self.clip_norm: Hyper | None = defaults["clip_norm"]
         _hyper.check_seed(defaults["seed"])
         self.seed: int = defaults["seed"]
+        self.stats: bool = _hyper.boolean(defaults["stats"], "stats")
+        self.low_precision: str = defaults["low_precision"]
         self.state_dtype: str | None = defaults["state_dtype"]
         if self.state_dtype == "bfloat16":
-            require_bfloat16()
+            state.require_bfloat16()
         self._allocate_state: Callable[[str, tuple[int, ...], Any], Any] | None = defaults["allocate_state"]
         if self._allocate_state is not None and not callable(self._allocate_state):
             raise TypeError(f"allocate_state: expected a callable or None, got {self._allocate_state!r}")
@@ -203,6 +207,9 @@ class Optimizer:
         if repeated:
             raise ValueError(f"params[{repeated[0]!r}]: expected names of their own, got one name twice")
         _arrays.check_overlaps(self._labelled("params", self._params))
+        for label, array in self._labelled("params", self._params):
+            if self.low_precision == "split" and array.dtype == np.float16:
+                raise TypeError(f'{label}: expected bfloat16 for low_precision="split", which halves a float32, got float16')
         _hyper.resolve("clip_norm", self.clip_norm, 0, "clip_norm")
 
         self.state: Mapping[str, Mapping[str, Array]] = {name: {} for name in self._names}
@@ -259,98 +266,51 @@ class Optimizer:
             return
         kernels = [self._kernel(v) for v in values]
         if kernels != self._kernels:
-            state = self._completed(kernels, values)
-            assign(self._adoption(self._make_plan(kernels, state, steps, self.seed), kernels, state))
+            owned = self._completed(self._specs(kernels))
+            assign(self._adoption(self._make_plan(kernels, owned, steps, self.seed), kernels, owned))
         self._in_plan = []
         for i, group_values in enumerate(values):
             self._plan.set_group(i, group_values)
         self._in_plan = values
 
-    def _specs(self, kernel: Kernel, values: Mapping[str, Any], param: Array) -> dict[str, StateSpec]:
-        """The state arrays of a parameter by name."""
-        real = reference.compute_dtype(param.dtype)
-        specs: dict[str, StateSpec] = {}
-        for key in kernel.states:
-            dtype = real if key in self._exact_states(values) else self._state_dtype_of(key, real)
-            specs[key] = StateSpec(param, dtype, self._initial_state(key, values))
-            if dtype in reference.LEAST:
-                specs[key + SCALE] = StateSpec(np.empty(-(-param.size // reference.SCALED), np.float32), FLOAT32, 0.0)
-        if kernel.averages:
-            specs[AVERAGE] = StateSpec(param, real, param)
-        return specs
+    def _axes(self, param: Array) -> list[int]:
+        """The order in which small states and residuals have the elements of a parameter, and statistics add them up."""
+        return list(range(param.ndim)) if self.stats else _arrays.memory_axes(param)
 
-    def _state_dtype_of(self, key: str, real: np.dtype[Any]) -> np.dtype[Any]:
-        if self.state_dtype is None:
-            return real
-        if self.state_dtype == "int8":
-            return np.dtype(np.uint8 if key in self._non_negative_states else np.int8)
-        return np.dtype(self.state_dtype)
+    def _specs(self, kernels: list[Kernel]) -> dict[str, dict[str, state.Spec]]:
+        """The state arrays of each parameter by name."""
+        owners = zip(self._names, self._params, self._group_of)
+        return {name: state.specs_of(kernels[group], param, self._axes(param)) for name, param, group in owners}
 
-    def _completed(self, kernels: list[Kernel], values: list[dict[str, Any]]) -> dict[str, dict[str, Array]]:
-        """The state arrays that the kernels need: those there, and new ones for the others."""
-        owners = list(zip(self._names, self._params, self._group_of))
-        specs = {name: self._specs(kernels[group], values[group], param) for name, param, group in owners}
-        there = {(name, key): array for name, own in self.state.items() for key, array in own.items()}
-        wanted = [(name, key, spec) for name, own in specs.items() for key, spec in own.items()]
-        missing = [w for w in wanted if w[:2] not in there or there[w[:2]].dtype != w[2].dtype]
-        new = self._new_states([(f"{name}.{key}", spec) for name, key, spec in missing])
-        there.update(zip([(name, key) for name, key, _ in missing], new))
-        completed = {name: {key: there[name, key] for key in own} for name, own in specs.items()}
+    def _completed(self, specs: dict[str, dict[str, state.Spec]]) -> dict[str, dict[str, Array]]:
+        """The state arrays that are called for: those there, and new ones for the others."""
+        completed = state.completed(specs, self.state, self._allocate_state)
         if self._allocate_state is not None:
-            for array in new:
-                array[...] = 0
-        for name, key, (param, dtype, fill) in missing:
-            axes = reference.memory_axes(param)
-            if key in self.state[name]:  # in another type
-                as_wanted = in_form_of(specs[name], key, dict(self.state[name]), param, axes, f"state[{name!r}][{key!r}]")
-                for k, array in as_wanted.items():
-                    completed[name][k][...] = array
-            elif dtype in reference.LEAST and np.any(fill):
-                full = np.full_like(param, fill, FLOAT32)
-                reference.store_state(full, completed[name][key], completed[name][key + SCALE], axes)
-            elif np.any(fill):
-                completed[name][key][...] = fill
-        if self._allocate_state is not None:
-            written = [*self._labelled("params", self._params), *state_labels(completed)]
+            written = [*self._labelled("params", self._params), *state.labels(completed)]
             _arrays.check_overlaps(written)
             if self._plan is not None and self._plan.grads is not None:
                 _arrays.check_overlaps(written, self._labelled("grads", self._plan.grads))
         return completed
 
-    def _new_states(self, wanted: list[tuple[str, StateSpec]]) -> list[Array]:
-        allocate = self._allocate_state
-        if allocate is None:
-            return _arrays.zeros_together((spec.like, spec.dtype) for _, spec in wanted)
-        arrays = []
-        for name, (like, dtype, _) in wanted:
-            label = f"allocate_state({name!r})"
-            array = _arrays.as_writeable(allocate(name, like.shape, dtype), label, any_dtype=dtype in reference.LEAST)
-            _arrays.check_state(array, like.shape, dtype, label)
-            in_order = np.shares_memory(reference.in_order(array, reference.memory_axes(like)), array)
-            if reference.is_small(array) and array.size and not in_order:
-                raise ValueError(f"{label}: expected the order of its parameter in memory, got strides {array.strides}")
-            arrays.append(array)
-        return arrays
-
-    def _make_plan(self, kernels: list[Kernel], state: dict[str, dict[str, Array]], steps: int, seed: int) -> Any:
-        keys = [[(name, key) for key in kernels[group].states] for name, group in zip(self._names, self._group_of)]
-        states = [tuple(state[name][key] for name, key in own) for own in keys]
-        scales = [tuple(state[name].get(key + SCALE) for name, key in own) for own in keys]
-        averages = [state[name].get(AVERAGE) for name in self._names]
+    def _make_plan(self, kernels: list[Kernel], owned: state.State, steps: int, seed: int) -> Any:
+        operands = [
+            state.operands_of(kernels[group], owned[name], param, self.low_precision)
+            for name, param, group in zip(self._names, self._params, self._group_of)
+        ]
         if self.backend == "c":
-            names = [kernel.name for kernel in kernels]
-            plan = _backends.core.Plan(self._params, states, self._group_of, names, averages, scales, seed)
+            rules: list[Any] = [kernel.name for kernel in kernels]
+            plan = _backends.core.Plan(self._params, operands, self._group_of, rules, seed, self.stats)
         else:
             rules = [(type(self)._rule, kernel.states) for kernel in kernels]
-            plan = _backends.ReferencePlan(self._params, states, self._group_of, rules, averages, scales, seed)
+            plan = _backends.ReferencePlan(self._params, operands, self._group_of, rules, seed, self.stats)
         plan.steps = steps
         if self._plan is not None and self._plan.grads is not None:
             plan.bind(self._plan.grads)
         return plan
 
-    def _adoption(self, plan: Any, kernels: list[Kernel], state: dict[str, dict[str, Array]]) -> list[Change]:
+    def _adoption(self, plan: Any, kernels: list[Kernel], owned: dict[str, dict[str, Array]]) -> list[Change]:
         """What to assign to have another plan and its state."""
-        read_only = MappingProxyType({name: MappingProxyType(own) for name, own in state.items()})
+        read_only = MappingProxyType({name: MappingProxyType(own) for name, own in owned.items()})
         new = {"_plan": plan, "_kernels": kernels, "_in_plan": [], "state": read_only}
         return [(self.__dict__, key, value) for key, value in new.items()]
 
@@ -434,10 +394,12 @@ class Optimizer:
         nonfinite = {self._names[i]: count for i, count in bad}
         if not applied and self.nonfinite == "raise":
             raise NonFiniteGradientError(nonfinite)
-        report = StepReport(steps + applied, applied, grad_norm, clip_factor, nonfinite)
+        stats = Stats(self._names, [param.size for param in self._params]) if self.stats and applied else None
+        report = StepReport(steps + applied, applied, grad_norm, clip_factor, nonfinite, stats)
         if len(self._resolved) == len(self.param_groups) and is_constant(self.clip_norm):
             self._plan.remember(self.param_groups, self.clip_norm, self.nonfinite, self.num_threads)
-        self._plan.update(applied, zero_grads, used)  # last of all, so that nothing can go wrong afterwards
+        rows = None if stats is None else stats.rows
+        self._plan.update(applied, zero_grads, used, rows)  # last of all, so that nothing can go wrong afterwards
         return report
 
     def accumulate(self, grads: Any = None) -> None:
@@ -482,13 +444,14 @@ class Optimizer:
             self._sums.update(True, False)
 
     def _make_sums(self) -> Any:
-        dtypes = [reference.compute_dtype(param.dtype) for param in self._params]
-        sums = _arrays.zeros_together(zip(self._params, dtypes))
+        sums = _arrays.zeros_together(
+            (param, _arrays.memory_axes(param), reference.compute_dtype(param.dtype)) for param in self._params
+        )
         n = len(sums)
         if self.backend == "c":
-            plan = _backends.core.Plan(sums, [()] * n, [0] * n, ["sgd"])
+            plan = _backends.core.Plan(sums, [Operands()] * n, [0] * n, ["sgd"])
         else:
-            plan = _backends.ReferencePlan(sums, [()] * n, [0] * n, [(reference.sgd, ())])
+            plan = _backends.ReferencePlan(sums, [Operands()] * n, [0] * n, [(reference.sgd, ())])
         plan.set_group(0, {"lr": -1.0, "momentum": 0.0, "dampening": 0.0})  # p - -1 * g
         return plan
 
@@ -526,7 +489,7 @@ class Optimizer:
                     raise ValueError(f"{label}: expected shape {param.shape}, got {grad.shape}")
             _, near = plan.look_at(grads)
         if near:
-            written = [*self._labelled("params", self._params), *state_labels(self.state)]
+            written = [*self._labelled("params", self._params), *state.labels(self.state)]
             if plan is self._sums:
                 written = self._labelled("accumulated", plan.params)
             _arrays.check_overlaps(written, self._labelled("grads", grads))
@@ -606,7 +569,7 @@ class Optimizer:
             "step": steps,
             "options": {key: value for key in SAVED_OPTIONS if not has_callable(value := getattr(self, key))},
             "state": {name: dict(own) for name, own in self.state.items()},
-            "memory_axes": {name: reference.memory_axes(param) for name, param in zip(self._names, self._params)},
+            "memory_axes": {name: self._axes(param) for name, param in zip(self._names, self._params)},
             "param_groups": [
                 {key: value for key, value in group.items() if key != "params" and not has_callable(value)}
                 for group in self.param_groups
@@ -651,12 +614,13 @@ class Optimizer:
         groups = self._loaded_groups(state_dict["param_groups"], strict)
         values = self._resolve(groups, int(step))
         kernels = [self._kernel(v) for v in values]
-        loaded = self._loaded_states(state_dict["state"], state_dict.get("memory_axes", {}), kernels, values, strict)
-        state = self._completed(kernels, values)
+        specs = self._specs(kernels)
+        loaded = self._loaded_states(state_dict["state"], state_dict.get("memory_axes", {}), specs, strict)
+        owned = self._completed(specs)
         seed = state_dict["options"].get("seed", self.seed)
-        changes += self._adoption(self._make_plan(kernels, state, int(step), seed), kernels, state)
+        changes += self._adoption(self._make_plan(kernels, owned, int(step), seed), kernels, owned)
         changes += [(group, key, new[key]) for group, new in zip(self.param_groups, groups) for key in new]
-        return changes + [(state[name][key], ..., array) for name, own in loaded.items() for key, array in own.items()]
+        return changes + [(owned[name][key], ..., array) for name, own in loaded.items() for key, array in own.items()]
 
     def _loaded_options(self, loaded: Any) -> list[Change]:
         label = "state_dict['options']"
@@ -691,7 +655,7 @@ class Optimizer:
         return groups
 
     def _loaded_states(
-        self, loaded: Any, memory_axes: Any, kernels: list[Kernel], values: list[dict[str, Any]], strict: bool
+        self, loaded: Any, memory_axes: Any, specs: dict[str, dict[str, state.Spec]], strict: bool
     ) -> dict[str, dict[str, Array]]:
         """The loaded state arrays, checked, in the types they have here."""
         if not isinstance(memory_axes, Mapping):
@@ -702,24 +666,15 @@ class Optimizer:
         for name in loaded:
             if strict and name not in self.state:
                 raise ValueError(f"state_dict['state'][{name!r}]: expected a parameter's name, got a name that none has")
-        for name, param, group in zip(self._names, self._params, self._group_of):
+        for name, param in zip(self._names, self._params):
             if name not in loaded:
                 if strict:
                     raise ValueError(f"state_dict['state'][{name!r}]: expected state arrays, got none")
                 continue
-            specs = self._specs(kernels[group], values[group], param)
-            own = {k: _arrays.as_array(a, f"state_dict['state'][{name!r}][{k!r}]") for k, a in loaded[name].items()}
-            wanted = {key for key in specs if not key.endswith(SCALE)}
-            scales = {key + SCALE for key in wanted if key in own and own[key].dtype in reference.LEAST}
-            if set(own) != wanted | scales:
-                raise ValueError(f"state_dict['state'][{name!r}]: expected {sorted(wanted | scales)}, got {sorted(own)}")
-            axes = memory_axes.get(name, reference.memory_axes(param))
+            axes = memory_axes.get(name, self._axes(param))
             if not isinstance(axes, (list, tuple)) or sorted(axes) != list(range(param.ndim)):
                 raise ValueError(f"state_dict['memory_axes'][{name!r}]: expected an order of the axes, got {axes!r}")
-            states[name] = {}
-            for key in sorted(wanted):
-                label = f"state_dict['state'][{name!r}][{key!r}]"
-                states[name] |= in_form_of(specs, key, own, param, list(axes), label)
+            states[name] = state.loaded(loaded[name].items(), specs[name], list(axes), f"state_dict['state'][{name!r}]")
         return states
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -734,30 +689,6 @@ class Optimizer:
         return f"<{type(self).__name__} after {self.steps} steps{groups}>"
 
 
-def in_form_of(
-    specs: dict[str, StateSpec], key: str, own: dict[str, Array], param: Array, axes: list[int], label: str
-) -> dict[str, Array]:
-    """A loaded state, and its scales if it is of 8 bits, as a parameter wants it; from another type to the nearest."""
-    array, scales, wanted, here = own[key], own.get(key + SCALE), specs[key].dtype, reference.memory_axes(param)
-    real = reference.compute_dtype(param.dtype)
-    is_known = reference.is_small(array) or array.dtype == real
-    _arrays.check_state(array, param.shape, array.dtype if is_known else wanted, label)
-    if scales is not None:
-        _arrays.check_state(scales, (-(-param.size // reference.SCALED),), FLOAT32, label + SCALE)
-    if array.dtype == wanted and (scales is None or axes == here):
-        return {key: array} if scales is None else {key: array, key + SCALE: scales}
-    exact = reference.load_state(array, scales, axes, real)
-    if wanted not in reference.LEAST:
-        return {key: exact.astype(wanted)}
-    codes, new_scales = np.empty(param.shape, wanted), np.empty(specs[key + SCALE].like.shape, np.float32)
-    reference.store_state(exact, codes, new_scales, here)
-    return {key: codes, key + SCALE: new_scales}
-
-
-def state_labels(state: Mapping[str, Mapping[str, Array]]) -> list[tuple[str, Array]]:
-    return [(f"state[{name!r}][{key!r}]", array) for name, own in state.items() for key, array in own.items()]
-
-
 def is_groups(params: Any) -> bool:
     """Whether `params` is a sequence of groups."""
     return (
@@ -765,13 +696,6 @@ def is_groups(params: Any) -> bool:
         and len(params) > 0
         and all(isinstance(item, Mapping) and "params" in item for item in params)
     )
-
-
-def require_bfloat16() -> None:
-    try:
-        importlib.import_module("ml_dtypes")  # which tells NumPy of the type
-    except ImportError as error:
-        raise ImportError(f'state_dtype="bfloat16" needs ml_dtypes ({error}): pip install ml_dtypes') from None
 
 
 def has_callable(value: Any) -> bool:

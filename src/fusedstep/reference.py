@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from ._arrays import flat, shaped
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
@@ -117,11 +119,9 @@ def operands(
 
 
 def move_average(average: Array, param: Array, ema_decay: float) -> None:
-    """Move an average towards the parameter as it is stored: ``average += (1 - ema_decay) * (param - average)``."""
-    real = compute_dtype(param.dtype)
+    """Move an average towards a parameter, both in the compute type: ``average += (1 - ema_decay) * (param - average)``."""
     with np.errstate(all="ignore"):
-        a = average.astype(real)
-        average[...] = a + (1 - ema_decay) * (param.astype(real) - a)
+        average += (1 - ema_decay) * (param - average)
 
 
 # ---- Small states -------------------------------------------------------------------------------------------------------
@@ -135,19 +135,9 @@ SCALED = 256
 LEAST = {np.dtype(np.int8): np.float32(2.0**-15), np.dtype(np.uint8): np.float32(2.0**-31)}
 
 
-def is_small(state: Array) -> bool:
-    """Whether a state is stored in a small type and rounded at random."""
-    return state.dtype in LEAST or state.dtype.name == "bfloat16"
-
-
-def memory_axes(param: Array) -> list[int]:
-    """The axes of a parameter in the order of its memory, in which small states have their blocks."""
-    return sorted(range(param.ndim), key=lambda axis: -abs(param.strides[axis]))
-
-
-def in_order(array: Array, axes: list[int]) -> Array:
-    """The elements of an array, flat, in an order of memory; a view if they lie so."""
-    return array.transpose(axes).reshape(-1)
+def is_small(dtype: np.dtype[Any]) -> bool:
+    """Whether a state of this type is rounded at random."""
+    return dtype in LEAST or dtype.name == "bfloat16"
 
 
 def mix(z: int | Array) -> Any:
@@ -158,9 +148,13 @@ def mix(z: int | Array) -> Any:
     return z ^ z >> 31
 
 
+PARAM = 4
+"""For `random_halves`, the number of the parameter itself; its states have those below."""
+
+
 def random_halves(seed: int, step: int, array: int, state: int, size: int) -> Array:
     """16 random bits for each element of a state, by seed, step, numbers of array and state, and place."""
-    first = mix(mix(mix(seed) + step) + 2 * array + state // 2)
+    first = mix(mix(mix(seed) + step) + 4 * array + state // 2)
     keys = np.array(
         [mix((first + block) & 0xFFFFFFFFFFFFFFFF) & 0xFFFFFFFF for block in range(-(-size // BLOCK))], np.uint32
     )
@@ -174,10 +168,9 @@ def random_halves(seed: int, step: int, array: int, state: int, size: int) -> Ar
 
 def load_state(state: Array, scales: Array | None, axes: list[int], dtype: np.dtype[Any]) -> Array:
     """A state for its rule: itself, or a small one in the compute type."""
-    if not is_small(state):
+    if not is_small(state.dtype):
         return state
-    loaded = load_small(in_order(state, axes), scales).astype(dtype)
-    return loaded.reshape([state.shape[axis] for axis in axes]).transpose([axes.index(a) for a in range(state.ndim)])
+    return shaped(load_small(flat(state, axes), scales).astype(dtype), state.shape, axes)
 
 
 def store_state(values: Array, state: Array, scales: Array | None, axes: list[int], random: Array | None = None) -> None:
@@ -185,10 +178,10 @@ def store_state(values: Array, state: Array, scales: Array | None, axes: list[in
     if random is None:
         random = np.full(values.size, 0x8000, np.uint32)
     with np.errstate(all="ignore"):
-        flat = in_order(values, axes).astype(np.float32)
+        elements = flat(values, axes).astype(np.float32)
     codes = np.empty(state.size, state.dtype)
-    store_small(flat, codes, scales, random)
-    state[...] = codes.reshape([state.shape[axis] for axis in axes]).transpose([axes.index(a) for a in range(state.ndim)])
+    store_small(elements, codes, scales, random)
+    state[...] = shaped(codes, state.shape, axes)
 
 
 def load_small(state: Array, scales: Array | None) -> Array:
@@ -210,12 +203,11 @@ def store_small(values: Array, state: Array, scales: Array | None, random: Array
     ``random`` has 16 bits for each; 0x8000 rounds to the nearest. In a state that cannot be negative, by which rules divide,
     nothing becomes 0 beside what is not. Neighbours of what is not finite become nan.
     """
+    if scales is None:
+        state.view(np.uint16)[:] = bfloat16_at_random(values, random)
+        return
     bits = values.view(np.uint32)
     magnitude = bits & 0x7FFFFFFF
-    if scales is None:
-        rounded = np.where(magnitude >= 0x7F800000, bits, bits + random)
-        state.view(np.uint16)[:] = rounded >> 16 | np.where(magnitude > 0x7F800000, np.uint32(0x40), np.uint32(0))
-        return
     least = LEAST[state.dtype]
     largest = np.maximum.reduceat(magnitude, np.arange(0, values.size, SCALED)) if values.size else magnitude
     exponent = (np.clip(largest, 1 << 23, 0x7F800000) >> 23).astype(np.int32)
@@ -230,6 +222,63 @@ def store_small(values: Array, state: Array, scales: Array | None, random: Array
     if is_signed:
         code |= bits >> 24 & 0x80
     state.view(np.uint8)[:] = np.where(np.repeat(finite, SCALED)[: values.size], code, 0)
+
+
+def bfloat16_at_random(values: Array, random: Array) -> Array:
+    """The bits of the bfloat16 that float32 values are rounded to."""
+    bits = values.view(np.uint32)
+    magnitude = bits & 0x7FFFFFFF
+    rounded = np.where(magnitude >= 0x7F800000, bits, bits + random)
+    return rounded >> 16 | np.where(magnitude > 0x7F800000, np.uint32(0x40), np.uint32(0))
+
+
+# ---- Parameters of 16 bits ----------------------------------------------------------------------------------------------
+
+
+def float16_at_random(values: Array, random: Array) -> Array:
+    """The bits of the float16 that float32 values are rounded to; to the nearest from the largest on."""
+    bits = values.view(np.uint32)
+    magnitude, sign = bits & 0x7FFFFFFF, bits >> 16 & 0x8000
+    is_subnormal = magnitude < 0x38800000
+    normal = (magnitude - np.uint32(112 << 23) + (random >> 3)) >> 13
+    multiple = np.where(is_subnormal, magnitude, 0).astype(np.uint32).view(np.float32) * np.float32(2.0**24)
+    subnormal = (multiple + (random >> 3).astype(np.float32) * np.float32(2.0**-13)).astype(np.uint32)
+    with np.errstate(all="ignore"):
+        nearest = values.astype(np.float16).view(np.uint16)
+    return np.where(magnitude >= 0x477FE000, nearest, np.where(is_subnormal, subnormal, normal) | sign)
+
+
+def join(param: Array, low_precision: str, residual: Array | None) -> Array:
+    """A parameter of 16 bits in float32, with what is kept beside it."""
+    with np.errstate(all="ignore"):
+        exact = param.astype(np.float32)
+        if low_precision == "kahan" and residual is not None:
+            exact += residual.astype(np.float32)
+        elif low_precision == "split" and residual is not None:
+            exact = np.asarray(exact.view(np.int32) + residual).view(np.float32)
+        elif low_precision == "master" and residual is not None:
+            exact[...] = residual
+    return exact
+
+
+def part(exact: Array, param: Array, low_precision: str, residual: Array | None, random: Array | None) -> None:
+    """The reverse. ``random`` has 16 bits for each element, of which only ``stochastic`` makes use."""
+    with np.errstate(all="ignore"):
+        if low_precision == "stochastic" and random is not None:
+            at_random = float16_at_random if param.dtype == np.float16 else bfloat16_at_random
+            param[...] = at_random(exact, random).astype(np.uint16).view(param.dtype)
+        elif low_precision == "split" and residual is not None:
+            bits = exact.view(np.uint32)
+            rounded = np.where(np.isnan(exact), np.uint32(0x7FC00000), (bits + 0x8000) & 0xFFFF0000)
+            param[...] = (rounded >> 16).astype(np.uint16).view(param.dtype)
+            residual[...] = np.where(np.isnan(exact), 0, bits - rounded).astype(np.uint32).view(np.int32)
+        else:
+            param[...] = exact
+            if low_precision == "kahan" and residual is not None:
+                lost = exact - param.astype(np.float32)
+                residual[...] = np.where(np.isfinite(lost), lost, 0)
+            elif low_precision == "master" and residual is not None:
+                residual[...] = exact
 
 
 def require_buffer(momentum_buffer: Array | None, momentum: float) -> None:

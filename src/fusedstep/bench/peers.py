@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _backends, _threads, database
+from ..state import Operands
 from .works import Work
 
 Array = NDArray[Any]
@@ -51,7 +52,7 @@ def roofline(work: Work, params: list[Array], grads: list[Array]) -> Way | None:
     """Reads and writes as many arrays, with one addition each."""
     if work.clip_norm is not None:
         return None
-    states = [tuple(np.zeros_like(param) for _ in range(work.n_states)) for param in params]
+    states = [Operands(tuple(np.zeros_like(param) for _ in range(work.n_states))) for param in params]
     plan = _backends.require_core().Plan(params, states, [0] * len(params), [f"roofline{work.n_states}"])
     plan.bind(grads)
     plan.set_group(0, {"lr": 0.0})

@@ -1,0 +1,198 @@
+"""What an optimizer keeps beside each parameter: which arrays, of what type, where they lie, and how they change type."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _arrays, reference
+
+Array = NDArray[Any]
+State = Mapping[str, Mapping[str, Array]]
+Allocate = Callable[[str, tuple[int, ...], Any], Any]
+
+FLOAT32 = np.dtype(np.float32)
+SCALE = "_scale"  # ends the name of the array that goes with an 8-bit state
+AVERAGE = "average"
+
+
+class Need(NamedTuple):
+    """A state array that each parameter of a group is to have."""
+
+    name: str
+    type: str
+    """Name of a dtype; "compute" for that the parameter is computed in, "param" for that it has."""
+    fill: float | None = 0.0
+    """What it holds at first; None for the parameter's values."""
+
+
+RESIDUALS = {
+    "nearest": None,
+    "stochastic": None,
+    "kahan": Need("compensation", "param"),
+    "split": Need("remainder", "int16"),
+    "master": Need("master", "float32", None),
+}
+"""By the option `low_precision`, what is kept of the digits that a parameter of 16 bits has no room for."""
+
+
+class Kernel(NamedTuple):
+    """A compiled rule, the states it works on in its order, and all that parameters need for a step."""
+
+    name: str
+    states: tuple[str, ...]
+    needs: tuple[Need, ...]
+
+
+class Operands(NamedTuple):
+    """What goes with a parameter into a plan."""
+
+    states: tuple[Array, ...] = ()
+    """In the rule's order."""
+    scales: tuple[Array | None, ...] = ()
+    """Of states of 8 bits; empty if there are none."""
+    average: Array | None = None
+    low_precision: str = "nearest"
+    residual: Array | None = None
+
+
+class Spec(NamedTuple):
+    """What a state array of a parameter is to be."""
+
+    like: Array
+    """Of its shape, and lying to cache lines as it does."""
+    axes: list[int]
+    """In the order in which they lie in memory."""
+    dtype: np.dtype[Any]
+    fill: float | Array
+
+
+def is_low_precision(param: Array) -> bool:
+    """Whether a parameter has 16 bits."""
+    return param.dtype.itemsize == 2
+
+
+def specs_of(kernel: Kernel, param: Array, axes: list[int]) -> dict[str, Spec]:
+    """The state arrays of a parameter by name."""
+    types = {"compute": reference.compute_dtype(param.dtype), "param": param.dtype}
+    specs: dict[str, Spec] = {}
+    for name, type, fill in kernel.needs:
+        if any(need is not None and need.name == name for need in RESIDUALS.values()) and not is_low_precision(param):
+            continue
+        dtype = types.get(type) or np.dtype(type)
+        specs[name] = Spec(param, axes, dtype, param if fill is None else fill)
+        if dtype in reference.LEAST:
+            specs[name + SCALE] = Spec(np.empty(-(-param.size // reference.SCALED), np.float32), [0], FLOAT32, 0.0)
+    return specs
+
+
+def operands_of(kernel: Kernel, own: Mapping[str, Array], param: Array, low_precision: str) -> Operands:
+    """A parameter's state arrays by their roles."""
+    low_precision = low_precision if is_low_precision(param) else "nearest"
+    residual = RESIDUALS[low_precision]
+    return Operands(
+        tuple(own[name] for name in kernel.states),
+        tuple(own.get(name + SCALE) for name in kernel.states),
+        own.get(AVERAGE),
+        low_precision,
+        own.get(residual.name) if residual is not None else None,
+    )
+
+
+def labels(state: State) -> list[tuple[str, Array]]:
+    return [(f"state[{name!r}][{key!r}]", array) for name, own in state.items() for key, array in own.items()]
+
+
+def require_bfloat16() -> None:
+    try:
+        importlib.import_module("ml_dtypes")  # which tells NumPy of the type
+    except ImportError as error:
+        raise ImportError(f'state_dtype="bfloat16" needs ml_dtypes ({error}): pip install ml_dtypes') from None
+
+
+# ---- New arrays ---------------------------------------------------------------------------------------------------------
+
+
+def completed(specs: dict[str, dict[str, Spec]], state: State, allocate: Allocate | None) -> dict[str, dict[str, Array]]:
+    """The state arrays of each parameter: those there, and new ones for the others, some with values of another type."""
+    there = {(name, key): array for name, own in state.items() for key, array in own.items()}
+    wanted = [(name, key, spec) for name, own in specs.items() for key, spec in own.items()]
+    missing = [w for w in wanted if w[:2] not in there or there[w[:2]].dtype != w[2].dtype]
+    new = allocated([(f"{name}.{key}", spec) for name, key, spec in missing], allocate)
+    there.update(zip([(name, key) for name, key, _ in missing], new))
+    result = {name: {key: there[name, key] for key in own} for name, own in specs.items()}
+    if allocate is not None:
+        for array in new:
+            array[...] = 0
+    for name, key, (param, axes, dtype, fill) in missing:
+        if key in state[name]:  # in another type
+            as_wanted = converted(key, state[name], axes, specs[name], f"state[{name!r}][{key!r}]")
+            for k, array in as_wanted.items():
+                result[name][k][...] = array
+        elif dtype in reference.LEAST and np.any(fill):
+            reference.store_state(np.full_like(param, fill, FLOAT32), result[name][key], result[name][key + SCALE], axes)
+        elif np.any(fill):
+            result[name][key][...] = fill
+    return result
+
+
+def allocated(wanted: list[tuple[str, Spec]], allocate: Allocate | None) -> list[Array]:
+    """Arrays for these names and specs, of zeros unless the user allocates them."""
+    if allocate is None:
+        return _arrays.zeros_together((spec.like, spec.axes, spec.dtype) for _, spec in wanted)
+    arrays = []
+    for name, (like, axes, dtype, _) in wanted:
+        label = f"allocate_state({name!r})"
+        is_float = _arrays.is_supported(dtype)
+        array = _arrays.as_writeable(allocate(name, like.shape, dtype), label, any_dtype=not is_float)
+        _arrays.check_state(array, like.shape, dtype, label)
+        if must_be_packed(name, dtype) and array.size and not np.shares_memory(_arrays.flat(array, axes), array):
+            raise ValueError(f"{label}: expected the order of its parameter in memory, got strides {array.strides}")
+        arrays.append(array)
+    return arrays
+
+
+def must_be_packed(name: str, dtype: np.dtype[Any]) -> bool:
+    """Whether a state array has to lie in the order of its parameter's elements without gaps."""
+    key = name.rsplit(".", 1)[-1]
+    is_residual = any(need is not None and need.name == key for need in RESIDUALS.values())
+    return is_residual or reference.is_small(dtype)
+
+
+# ---- Loaded arrays ------------------------------------------------------------------------------------------------------
+
+
+def loaded(given: Iterable[tuple[str, Any]], specs: dict[str, Spec], axes: list[int], label: str) -> dict[str, Array]:
+    """A parameter's state arrays from elsewhere, where they lay in an order of its axes, checked and in the types wanted."""
+    own = {key: _arrays.as_array(array, f"{label}[{key!r}]") for key, array in given}
+    wanted = {key for key in specs if not key.endswith(SCALE)}
+    scales = {key + SCALE for key in wanted if key in own and own[key].dtype in reference.LEAST}
+    if set(own) != wanted | scales:
+        raise ValueError(f"{label}: expected {sorted(wanted | scales)}, got {sorted(own)}")
+    result: dict[str, Array] = {}
+    for key in sorted(wanted):
+        result |= converted(key, own, axes, specs, f"{label}[{key!r}]")
+    return result
+
+
+def converted(key: str, own: Mapping[str, Array], axes: list[int], specs: dict[str, Spec], label: str) -> dict[str, Array]:
+    """A state, and its scales if it is of 8 bits, as a parameter wants it; from another type to the nearest."""
+    array, scales, (param, wanted_axes, wanted, _) = own[key], own.get(key + SCALE), specs[key]
+    real = reference.compute_dtype(param.dtype)
+    from_float = array.dtype == real or reference.is_small(array.dtype)
+    to_float = wanted == real or reference.is_small(wanted)
+    _arrays.check_state(array, param.shape, array.dtype if from_float and to_float else wanted, label)
+    if scales is not None:
+        _arrays.check_state(scales, (-(-param.size // reference.SCALED),), FLOAT32, label + SCALE)
+    if array.dtype == wanted and (scales is None or axes == wanted_axes):
+        return {key: array} if scales is None else {key: array, key + SCALE: scales}
+    exact = reference.load_state(array, scales, axes, real)
+    if wanted not in reference.LEAST:
+        return {key: exact.astype(wanted)}
+    codes, new_scales = np.empty(param.shape, wanted), np.empty(specs[key + SCALE].like.shape, np.float32)
+    reference.store_state(exact, codes, new_scales, wanted_axes)
+    return {key: codes, key + SCALE: new_scales}
