@@ -321,7 +321,7 @@ static fs_stages stages_of(const fs_group *group, double clip_factor)
     return (fs_stages){
         .factor = group->maximize ? -clip_factor : clip_factor,
         .clip_value = group->clip_value,
-        .weight_decay = group->decoupled_weight_decay ? 0.0 : group->weight_decay,
+        .weight_decay = group->decay_mode == FS_COUPLED ? group->weight_decay : 0.0,
         .l1 = group->l1,
     };
 }
@@ -548,7 +548,9 @@ void fs_update(fs_plan *plan, const fs_options *options)
     for (size_t i = 0; i < plan->n_groups; i++) {
         fs_group *group = &plan->groups[i];
         fs_rule_prepare(group->rule, group->hyper, plan->step, group->coefs);
-        group->decay = group->decoupled_weight_decay ? 1.0 - group->hyper[0] * group->weight_decay : 1.0;
+        group->decay = group->decay_mode == FS_COUPLED     ? 1.0
+                       : group->decay_mode == FS_DECOUPLED ? 1.0 - group->hyper[0] * group->weight_decay
+                                                           : 1.0 - group->weight_decay;
     }
     pass.work = update_work;
     run_pass(&pass);

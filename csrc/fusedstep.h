@@ -30,6 +30,10 @@ typedef enum { FS_FLOAT32, FS_FLOAT64, FS_FLOAT16, FS_BFLOAT16, FS_INT8, FS_UINT
  * alone), or with the rest as a float32 (master). Rules and averages see the parameter with what is kept. */
 typedef enum { FS_NEAREST, FS_STOCHASTIC, FS_KAHAN, FS_SPLIT, FS_MASTER, FS_N_ROUNDINGS } fs_rounding;
 
+/* Weight decay adds to the gradient; or multiplies the parameter by 1 - lr weight_decay, or by 1 - weight_decay, before the
+ * rule. */
+typedef enum { FS_COUPLED, FS_DECOUPLED, FS_INDEPENDENT } fs_decay;
+
 /* What a non-finite gradient does to the step. */
 typedef enum { FS_NONFINITE_STOP, FS_NONFINITE_ZERO, FS_NONFINITE_PROPAGATE } fs_nonfinite;
 
@@ -107,7 +111,7 @@ typedef struct {
     int rule;
     double hyper[FS_MAX_HYPER];
     double weight_decay;
-    bool decoupled_weight_decay;
+    fs_decay decay_mode;
     double l1;
     bool maximize;
     double clip_value;             /* infinity for none */

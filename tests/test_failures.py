@@ -260,6 +260,9 @@ def test_decoupled_decay_and_l1_on_any_rule(rng):
         p = np.ones(5)
         optimizer([p], lr=0.5, weight_decay=0.5, decoupled_weight_decay=True).step([np.zeros(5)])
         np.testing.assert_array_equal(p, 0.75)
+        p = np.ones(5)
+        optimizer([p], lr=0.125, weight_decay=0.5, decay_mode="independent").step([np.zeros(5)])
+        np.testing.assert_array_equal(p, 0.5)
         p = np.array([1.0, -1.0, 0.0])
         optimizer([p], lr=0.25, l1=1.0).step([np.zeros(3)])
         assert p[0] < 1

@@ -12,6 +12,7 @@ STAGES = [
     {},
     {"weight_decay": 0.1},
     {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    {"weight_decay": 0.1, "decay_mode": "independent"},
     {"grad_scale": 3.0, "maximize": True, "clip_factor": 0.3, "clip_value": 0.1, "weight_decay": 0.2, "l1": 0.1},
     {"zero_nonfinite": True},
 ]
@@ -66,7 +67,7 @@ BAD = [
         dict(clip=1),
         TypeError,
         "adam: unknown option 'clip'; it has lr, betas, eps, grad_scale, zero_nonfinite, maximize, clip_factor, clip_value, "
-        "weight_decay, decoupled_weight_decay, l1, bounds",
+        "weight_decay, decoupled_weight_decay, decay_mode, l1, bounds",
     ),
 ]
 

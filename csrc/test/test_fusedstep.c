@@ -6,7 +6,7 @@ static void check_levels_and_threads(trio t, int rule, bool is_busy)
 {
     const size_t size = t.initial->arrays[0].size;
     fs_options options = is_busy ? busy(t.initial, rule) : plain(t.initial, rule);
-    t.initial->groups[0].decoupled_weight_decay = size % 2;
+    t.initial->groups[0].decay_mode = size % 3;
     copy_plan(t.expected, t.initial);
     CONTEXT("%s, size %zu", fs_rule_name(rule), size);
     CHECK(fs_level_set(FS_BASELINE) == FS_OK);
@@ -924,12 +924,14 @@ static void test_nonfinite(void)
             g = -g;                                                                                              \
         g = g * (real)clip_factor;                                                                               \
         g = g > bound ? bound : g < -bound ? -bound : g;                                                         \
-        if (group->weight_decay != 0 && !group->decoupled_weight_decay)                                          \
+        if (group->weight_decay != 0 && group->decay_mode == FS_COUPLED)                                         \
             g = g + (real)group->weight_decay * p;                                                               \
         if (group->l1 != 0)                                                                                      \
             g = g + (p > 0 ? (real)group->l1 : p < 0 ? -(real)group->l1 : 0);                                    \
-        if (group->decoupled_weight_decay)                                                                       \
+        if (group->decay_mode == FS_DECOUPLED)                                                                   \
             p = p * (real)(1.0 - group->hyper[0] * group->weight_decay);                                         \
+        if (group->decay_mode == FS_INDEPENDENT)                                                                 \
+            p = p * (real)(1.0 - group->weight_decay);                                                           \
         *param = p - (real)group->hyper[0] * g;                                                                  \
         *grad = g;                                                                                               \
     }
@@ -940,7 +942,7 @@ STAGE_BY_STAGE(double)
 /* Bits of `on` in the tests below; where nothing but clipping is on, fs_clip is tested too. */
 enum {
     CLIP_VALUE = 1, CLIP_PER_ARRAY = 2, CLIP_GLOBAL = 4, CLIPPING = 7,
-    MAXIMIZE = 8, GRAD_SCALE = 16, CLIP_FACTOR = 32, DECAY = 64, DECOUPLED = 128, L1 = 256, ALL = 511
+    MAXIMIZE = 8, GRAD_SCALE = 16, CLIP_FACTOR = 32, DECAY = 64, DECOUPLED = 128, INDEPENDENT = 256, L1 = 512, ALL = 1023
 };
 
 /* Values of what can be on. */
@@ -954,7 +956,7 @@ static void check_stages(trio t, fs_plan *clipped, int on, const stage_values *v
     group->clip_value = on & CLIP_VALUE ? values->clip_value : INFINITY;
     group->clip_norm_per_array = on & CLIP_PER_ARRAY ? values->per_array : INFINITY;
     group->weight_decay = on & DECAY ? values->decay : 0.0;
-    group->decoupled_weight_decay = on & DECOUPLED;
+    group->decay_mode = on & INDEPENDENT ? FS_INDEPENDENT : on & DECOUPLED ? FS_DECOUPLED : FS_COUPLED;
     group->l1 = on & L1 ? values->l1 : 0.0;
     options.nonfinite = FS_NONFINITE_STOP;
     options.grad_scale = on & GRAD_SCALE ? values->grad_scale : 1.0;

@@ -72,6 +72,11 @@ cdef extern from "fusedstep.h" nogil:
         FS_SPLIT
         FS_MASTER
 
+    ctypedef enum fs_decay:
+        FS_COUPLED
+        FS_DECOUPLED
+        FS_INDEPENDENT
+
     ctypedef enum fs_nonfinite:
         FS_NONFINITE_STOP
         FS_NONFINITE_ZERO
@@ -129,7 +134,8 @@ cdef extern from "fusedstep.h" nogil:
         int rule
         double *hyper
         double weight_decay, l1, clip_value, clip_norm_per_array, lower, upper, average_weight
-        bint decoupled_weight_decay, maximize
+        fs_decay decay_mode
+        bint maximize
 
     ctypedef struct fs_plan:
         size_t n_arrays, n_groups, n_elements
@@ -621,7 +627,9 @@ cdef class Plan:
             group.hyper[h] = values[name] if item is None else values[name][item]
             h += 1
         group.weight_decay = values.get("weight_decay", 0.0)
-        group.decoupled_weight_decay = values.get("decoupled_weight_decay", False)
+        mode = values.get("decay_mode")
+        decoupled = mode == "decoupled" or (mode is None and values.get("decoupled_weight_decay"))
+        group.decay_mode = FS_INDEPENDENT if mode == "independent" else FS_DECOUPLED if decoupled else FS_COUPLED
         group.l1 = values.get("l1", 0.0)
         group.maximize = values.get("maximize", False)
         group.clip_value = or_infinity(values.get("clip_value"))

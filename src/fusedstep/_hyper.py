@@ -15,6 +15,7 @@ class Options(TypedDict, total=False):
 
     weight_decay: Hyper
     decoupled_weight_decay: bool
+    decay_mode: str | None
     l1: Hyper
     maximize: bool
     clip_norm: Hyper | None
@@ -36,6 +37,7 @@ class Options(TypedDict, total=False):
 OPTION_DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "decoupled_weight_decay": False,
+    "decay_mode": None,
     "l1": 0.0,
     "maximize": False,
     "clip_norm": None,
@@ -61,6 +63,7 @@ GLOBAL_OPTIONS = (
 )  # fmt: skip
 
 CHOICES = {
+    "decay_mode": (None, "coupled", "decoupled", "independent"),
     "state_dtype": (None, "float32", "bfloat16", "int8"),
     "low_precision": ("nearest", "stochastic", "kahan", "split", "master"),
     "nonfinite": ("raise", "skip", "zero", "propagate"),
@@ -150,6 +153,7 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "betas": from_0_below_1,
     "weight_decay": at_least_0,
     "decoupled_weight_decay": boolean,
+    "decay_mode": lambda value, label: choice("decay_mode", value, label),
     "l1": at_least_0,
     "maximize": boolean,
     "grad_scale": grad_scale,
@@ -174,10 +178,11 @@ def resolve(name: str, value: Any, step: int, label: str) -> Any:
     return CHECKS[name](value, label)
 
 
-def check_choice(name: str, value: Any, label: str | None = None) -> None:
+def choice(name: str, value: Any, label: str | None = None) -> Any:
     if value not in CHOICES[name]:
         listed = ", ".join(repr(choice) for choice in CHOICES[name])
         raise ValueError(f"{label or name}: expected one of {listed}, got {value!r}")
+    return value
 
 
 def check_seed(value: Any, label: str = "seed") -> None:

@@ -32,6 +32,7 @@ STAGE_DEFAULTS = {
     "clip_value": None,
     "weight_decay": 0.0,
     "decoupled_weight_decay": False,
+    "decay_mode": None,
     "l1": 0.0,
     "bounds": None,
 }

@@ -58,7 +58,9 @@ class Optimizer:
     weight_decay : float
         Adds ``weight_decay * param`` to the gradient (L2 regularisation).
     decoupled_weight_decay : bool
-        Decay the parameter by ``1 - lr * weight_decay`` before the update instead.
+        Multiply the parameter by ``1 - lr * weight_decay`` before the update instead.
+    decay_mode : {None, "coupled", "decoupled", "independent"}
+        Which of the two, in place of `decoupled_weight_decay`; or ``1 - weight_decay``, independent of the learning rate.
     l1 : float
         Adds ``l1 * sign(param)`` to the gradient.
     maximize : bool
@@ -171,7 +173,7 @@ class Optimizer:
                 raise TypeError(f"{type(self).__name__}: unknown option {name!r}; it has {', '.join([*hyper, *known])}")
         defaults = {**hyper, **known, **options}
         for name in _hyper.CHOICES:
-            _hyper.check_choice(name, defaults[name])
+            _hyper.choice(name, defaults[name])
         if defaults["num_threads"] is not None:
             _hyper.check_num_threads(defaults["num_threads"])
         self.nonfinite: str = defaults["nonfinite"]
@@ -372,7 +374,7 @@ class Optimizer:
         if self._shows_averages:
             raise RuntimeError("step: expected the parameters in their arrays, got their averages (within opt.averaged())")
         grad_scale = _hyper.grad_scale(grad_scale, "grad_scale")
-        _hyper.check_choice("nonfinite", self.nonfinite)
+        _hyper.choice("nonfinite", self.nonfinite)
         steps = self._plan.steps
         values = self._resolve(self.param_groups, steps)
         clip_norm = _hyper.resolve("clip_norm", self.clip_norm, steps, "clip_norm")
@@ -631,7 +633,7 @@ class Optimizer:
         if "seed" in loaded:
             _hyper.check_seed(loaded["seed"], f"{label}['seed']")
         if "nonfinite" in loaded:
-            _hyper.check_choice("nonfinite", loaded["nonfinite"], f"{label}['nonfinite']")
+            _hyper.choice("nonfinite", loaded["nonfinite"], f"{label}['nonfinite']")
         return [(self.__dict__, key, value) for key, value in loaded.items() if not has_callable(getattr(self, key))]
 
     def _loaded_groups(self, loaded: Any, strict: bool) -> list[dict[str, Any]]:
@@ -706,4 +708,4 @@ def is_constant(value: Any) -> bool:
     """Whether a hyper-parameter keeps its value as long as it is the same object."""
     if isinstance(value, tuple):
         return all(is_constant(v) for v in value)
-    return value is None or isinstance(value, (int, float))
+    return value is None or isinstance(value, (int, float, str))

@@ -47,6 +47,8 @@ class Stages(TypedDict, total=False):
     """Then add ``weight_decay * param``; or, if decoupled, ``param *= 1 - lr * weight_decay`` (default 0)."""
     decoupled_weight_decay: bool
     """See ``weight_decay`` (default False)."""
+    decay_mode: str | None
+    """``"coupled"`` or ``"decoupled"`` in place of that, or ``"independent"`` of lr: ``param *= 1 - weight_decay``."""
     l1: float
     """Then add ``l1 * sign(param)`` (default 0)."""
     bounds: tuple[float, float] | None
@@ -92,6 +94,7 @@ def operands(
     clip_value: float | None = None,
     weight_decay: float = 0.0,
     decoupled_weight_decay: bool = False,
+    decay_mode: str | None = None,
     l1: float = 0.0,
     bounds: tuple[float, float] | None = None,
 ) -> Iterator[list[Array]]:
@@ -104,7 +107,9 @@ def operands(
         if maximize:
             g = -g
         clip(g, clip_factor, clip_value)
-        if decoupled_weight_decay:
+        if decay_mode == "independent":
+            p *= 1 - weight_decay
+        elif decay_mode == "decoupled" or (decay_mode is None and decoupled_weight_decay):
             p *= 1 - lr * weight_decay
         elif weight_decay != 0:
             g += weight_decay * p
