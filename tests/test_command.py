@@ -6,8 +6,9 @@ import struct
 import numpy as np
 import pytest
 
+import fusedstep as fs
 from fusedstep import __main__, _backends, _core, check, database
-from fusedstep.demo import data
+from fusedstep.demo import data, train
 from fusedstep.demo.mlp import MLP
 
 
@@ -78,6 +79,52 @@ def test_train_reaches_97_percent(capsys):
     assert status == 0
     accuracy = next(line for line in text.splitlines() if line.startswith("adam")).split()[4]
     assert float(accuracy.rstrip("%")) >= 97
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--precision float64",
+        "--precision bfloat16 --low-precision stochastic --state-dtype int8",
+        "--precision bfloat16 --low-precision split --ema 0.9",
+        "--precision float16 --low-precision kahan",
+        "--precision float16 --low-precision master --clip 1",
+    ],
+)
+def test_train_in_any_precision(capsys, flags):
+    status, text = fusedstep(capsys, "train", "--rule", "adamw", "--epochs", "10", *flags.split())
+    assert status == 0
+    accuracy = next(line for line in text.splitlines() if line.startswith("adamw ")).split()[4]
+    assert float(accuracy.rstrip("%")) >= 96
+
+
+def test_train_accumulates(capsys):
+    """The mean of micro-batches is that of the batch, up to rounding."""
+    losses = []
+    for flags in ([], ["--accumulate", "4"]):
+        _, text = fusedstep(capsys, "train", "--rule", "sgd", "--precision", "float64", "--epochs", "3", *flags)
+        losses.append(next(line for line in text.splitlines() if line.startswith("sgd ")).split()[3])
+    assert losses[0] == losses[1]
+
+
+def test_train_shows_statistics(capsys, tmp_path):
+    quick = ["--epochs", "2", "--hidden", "8", "--plot", str(tmp_path / "x.png")]
+    status, text = fusedstep(capsys, "train", "--rule", "sgd", "--stats", *quick)
+    assert status == 0
+    assert "sgd, last step:" in text
+    assert [line.split()[0] for line in text.splitlines() if line.startswith(("w0", "b0", "w1", "b1", "all"))] == [
+        "w0", "b0", "w1", "b1", "all",
+    ]  # fmt: skip
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    _, text = fusedstep(capsys, "train", "--rule", "sgd", "--stats", "--lr", "1e-12", *quick)
+    assert "warning: w0: the update is " in text
+
+
+def test_train_says_when_steps_were_skipped(capsys, monkeypatch):
+    monkeypatch.setattr(train, "DynamicLossScaler", lambda: fs.DynamicLossScaler(init_scale=2.0**20))
+    status, text = fusedstep(capsys, "train", "--rule", "sgd", "--epochs", "1", "--precision", "float16")
+    assert status == 0
+    assert "steps skipped, because gradients overflowed" in text
 
 
 @pytest.mark.parametrize("batch_size", ["1", "64", "full"])

@@ -111,7 +111,7 @@ def require_bfloat16() -> None:
     try:
         importlib.import_module("ml_dtypes")  # which tells NumPy of the type
     except ImportError as error:
-        raise ImportError(f'state_dtype="bfloat16" needs ml_dtypes ({error}): pip install ml_dtypes') from None
+        raise ImportError(f"bfloat16 needs ml_dtypes ({error}): pip install ml_dtypes") from None
 
 
 # ---- New arrays ---------------------------------------------------------------------------------------------------------

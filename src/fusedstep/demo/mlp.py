@@ -13,13 +13,16 @@ Array = NDArray[Any]
 
 
 class MLP:
-    """Fully connected layers of these sizes; ``params`` and ``grads`` map ``w0, b0, w1, ...`` to arrays.
+    """Fully connected layers of these sizes; ``params`` and ``grads`` map ``w0, b0, w1, ...`` to arrays of this type.
+
+    What is of 16 bits is computed in float32, and its gradients are of `scale` times the loss, for them not to vanish.
 
     Hidden layers start with He's normal distribution, the last one with Xavier's (Glorot's) uniform one.
     """
 
     def __init__(self, sizes: list[int], dtype: Any, seed: int) -> None:
         rng = np.random.default_rng(seed)
+        self.compute = np.result_type(dtype, np.float32)
         self.n_layers = len(sizes) - 1
         self.params: dict[str, Array] = {}
         for i, (n_in, n_out) in enumerate(pairwise(sizes)):
@@ -32,11 +35,14 @@ class MLP:
             self.params[f"b{i}"] = np.zeros(n_out, dtype)
         self.grads = {name: np.zeros_like(array) for name, array in self.params.items()}
 
+    def weights(self, i: int) -> Array:
+        return self.params[f"w{i}"].astype(self.compute, copy=False)
+
     def forward(self, x: Array) -> list[Array]:
         """Activations of all layers, the input first, the logits last."""
         activations = [x]
         for i in range(self.n_layers):
-            x = x @ self.params[f"w{i}"] + self.params[f"b{i}"]
+            x = x @ self.weights(i) + self.params[f"b{i}"].astype(self.compute, copy=False)
             if i < self.n_layers - 1:
                 np.maximum(x, 0, out=x)
             activations.append(x)
@@ -50,17 +56,17 @@ class MLP:
     def accuracy(self, x: Array, y: Array) -> float:
         return float((self.forward(x)[-1].argmax(axis=1) == y).mean())
 
-    def backward(self, x: Array, y: Array) -> None:
-        """Fill ``grads`` with the gradients of the loss."""
+    def backward(self, x: Array, y: Array, scale: float = 1.0) -> None:
+        """Fill ``grads`` with the gradients of `scale` times the loss."""
         activations = self.forward(x)
         delta = np.exp(log_softmax(activations[-1]))
         delta[np.arange(len(y)), y] -= 1
-        delta /= len(y)
+        delta *= scale / len(y)
         for i in reversed(range(self.n_layers)):
-            np.matmul(activations[i].T, delta, out=self.grads[f"w{i}"])
-            np.sum(delta, axis=0, out=self.grads[f"b{i}"])
+            self.grads[f"w{i}"][...] = activations[i].T @ delta
+            self.grads[f"b{i}"][...] = delta.sum(axis=0)
             if i > 0:
-                delta = (delta @ self.params[f"w{i}"].T) * (activations[i] > 0)
+                delta = (delta @ self.weights(i).T) * (activations[i] > 0)
 
     def digest(self) -> str:
         """SHA-256 of all parameters."""

@@ -10,14 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .. import database
+from .. import _hyper, database
 from .._hyper import above_0, at_least_0, from_0_to_1
 from ..errors import NonFiniteGradientError
+from ..optimizer import Optimizer
 from ..progress import progress
+from ..scaling import DynamicLossScaler
 from ..schedules import ema_warmup
+from ..state import require_bfloat16
+from ..telemetry import Stats
 from .data import DataError, Dataset, load
 from .mlp import MLP
+
+Array = NDArray[Any]
 
 
 @dataclass
@@ -33,6 +40,9 @@ class Run:
     test_accuracy: float = math.nan
     average_accuracy: float | None = None
     state_bytes: int = 0
+    skipped: int = 0
+    last_stats: Stats | None = None
+    stats: list[Stats] = field(default_factory=list)  # of the last step of each epoch, with --stats
     digest: str = ""
     stopped: str = ""
 
@@ -52,14 +62,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=learning_rate, help="learning rate (default: one that suits the rule)")
     parser.add_argument("--target-loss", type=float, metavar="LOSS", help="stop when the training loss is at most this")
     parser.add_argument("--hidden", type=positive, nargs="*", default=[128], metavar="N", help="sizes of hidden layers")
-    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
-    parser.add_argument("--state-dtype", choices=["float32", "bfloat16", "int8"], help="what optimizer state is kept in")
+    parser.add_argument(
+        "--precision",
+        choices=["float64", "float32", "bfloat16", "float16"],
+        default="float32",
+        help="of parameters and gradients; what is of 16 bits computes in float32, float16 with a loss scale",
+    )
+    parser.add_argument(
+        "--low-precision",
+        choices=_hyper.CHOICES["low_precision"],
+        default="nearest",
+        help="what becomes of the digits that parameters of 16 bits have no room for",
+    )
+    parser.add_argument("--state-dtype", choices=_hyper.CHOICES["state_dtype"][1:], help="what optimizer state is kept in")
+    parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="micro-batches that make a batch")
+    parser.add_argument("--stats", action="store_true", help="table and plot of the norms of gradients and updates by array")
     parser.add_argument("--clip", type=limit, metavar="NORM", help="clip the norm of all gradients")
     parser.add_argument("--ema", type=decay, metavar="DECAY", help="test the average of the parameters, too")
     parser.add_argument("--backend", choices=["c", "reference"], default="c", help="compiled or NumPy: the same bits")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of a step")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights and the order (default: 0)")
-    parser.add_argument("--plot", metavar="FILE", help="PNG of the loss curves (default with --rule all: loss-curves.png)")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="PNG of the curves (default with --rule all or --stats: loss-curves.png)"
+    )
 
 
 def positive(text: str) -> int:
@@ -92,36 +117,93 @@ def batch_size(text: str) -> int | None:
     return None if text == "full" else positive(text)
 
 
-def train(args: argparse.Namespace, data: Dataset, rule: str) -> Run:
-    """Train one model with one rule."""
-    optimizer, settings = database.TRAIN[rule]
-    if args.lr is not None:
-        settings = {**settings, "lr": args.lr}
-    model = MLP([data.train_x.shape[1], *args.hidden, data.n_classes], data.train_x.dtype, args.seed)
-    options = {"backend": args.backend, "num_threads": args.threads, "state_dtype": args.state_dtype, "clip_norm": args.clip}
-    opt = optimizer(model.params, ema_decay=args.ema and ema_warmup(args.ema), **options, **settings)
-    opt.bind(model.grads)
-    rng = np.random.default_rng(args.seed)
-    n = len(data.train_x)
-    size = n if args.batch_size is None else min(args.batch_size, n)
-    run = Run(rule, losses=[model.loss(data.train_x, data.train_y)])
-    start = time.perf_counter()
-    bar: Any = progress(range(args.epochs), desc=f"{rule:9}", unit="epoch")
-    for epoch in bar:
-        order = rng.permutation(n)
+class Loop:
+    """One model, its optimizer, and what both have been through."""
+
+    def __init__(self, args: argparse.Namespace, data: Dataset, rule: str) -> None:
+        optimizer, settings = database.TRAIN[rule]
+        if args.lr is not None:
+            settings = {**settings, "lr": args.lr}
+        self.args, self.data = args, data
+        self.lr = settings["lr"]
+        self.model = MLP([data.train_x.shape[1], *args.hidden, data.n_classes], dtype_of(args.precision), args.seed)
+        self.scaler = DynamicLossScaler() if args.precision == "float16" else None
+        self.opt: Optimizer = optimizer(
+            self.model.params,
+            **settings,
+            clip_norm=args.clip,
+            ema_decay=args.ema and ema_warmup(args.ema),
+            low_precision=args.low_precision,
+            state_dtype=args.state_dtype,
+            stats=args.stats,
+            nonfinite="raise" if self.scaler is None else "skip",
+            backend=args.backend,
+            num_threads=args.threads,
+            seed=args.seed,
+        )
+        self.opt.bind(self.model.grads)
+        self.rng = np.random.default_rng(args.seed)
+        self.run = Run(rule, losses=[self.loss()])
+
+    def loss(self) -> float:
+        return self.model.loss(self.data.train_x, self.data.train_y)
+
+    def step(self, micro_batches: list[Array]) -> None:
+        """A step with the mean gradient of these examples."""
+        scale = 1.0 if self.scaler is None else self.scaler.scale
+        for batch in micro_batches:
+            self.model.backward(self.data.train_x[batch], self.data.train_y[batch], scale)
+            before = time.perf_counter()
+            if len(micro_batches) > 1:
+                self.opt.accumulate()
+            self.run.step_seconds += time.perf_counter() - before
+        before = time.perf_counter()
+        report = self.opt.step() if self.scaler is None else self.scaler.step(self.opt)
+        self.run.step_seconds += time.perf_counter() - before
+        self.run.skipped += not report.applied
+        self.run.last_stats = report.stats or self.run.last_stats
+
+    def epoch(self) -> None:
+        """A pass over the data; its loss goes to the others, nan if gradients were not finite."""
+        n = len(self.data.train_x)
+        order = self.rng.permutation(n)
+        size = n if self.args.batch_size is None else min(self.args.batch_size, n)
+        micro = -(-size // self.args.accumulate)
         try:
             for first in range(0, n, size):
                 batch = order[first : first + size]
-                model.backward(data.train_x[batch], data.train_y[batch])
-                before = time.perf_counter()
-                opt.step()
-                run.step_seconds += time.perf_counter() - before
+                self.step([batch[i : i + micro] for i in range(0, len(batch), micro)])
         except NonFiniteGradientError:
-            run.losses.append(math.nan)
+            self.run.losses.append(math.nan)
         else:
-            run.losses.append(model.loss(data.train_x, data.train_y))
+            self.run.losses.append(self.loss())
+        if self.run.last_stats is not None:
+            self.run.stats.append(self.run.last_stats)
+
+    def finish(self) -> Run:
+        """What has come of it."""
+        run, data = self.run, self.data
+        run.steps = self.opt.steps
+        run.train_loss = run.losses[-1]
+        run.test_accuracy = self.model.accuracy(data.test_x, data.test_y)
+        run.digest = self.model.digest()
+        run.state_bytes = sum(self.opt.nbytes.values())
+        if self.args.ema is not None:
+            with self.opt.averaged():
+                run.average_accuracy = self.model.accuracy(data.test_x, data.test_y)
+        return run
+
+
+def train(args: argparse.Namespace, data: Dataset, rule: str) -> Run:
+    """Train one model with one rule."""
+    loop = Loop(args, data, rule)
+    run = loop.run
+    start = time.perf_counter()
+    bar: Any = progress(range(args.epochs), desc=f"{rule:9}", unit="epoch")
+    for epoch in bar:
+        loop.epoch()
         if not math.isfinite(run.losses[-1]):
-            run.stopped = f"the loss is no longer finite in epoch {epoch + 1} with lr={settings['lr']}: try a smaller --lr"
+            run.stopped = f"the loss is no longer finite in epoch {epoch + 1} with lr={loop.lr}: try a smaller --lr"
             break
         if args.target_loss is not None and run.losses[-1] <= args.target_loss:
             run.stopped = f"target loss reached after epoch {epoch + 1}"
@@ -129,15 +211,14 @@ def train(args: argparse.Namespace, data: Dataset, rule: str) -> Run:
         if hasattr(bar, "set_postfix_str"):
             bar.set_postfix_str(f"loss {run.losses[-1]:.4f}")
     run.seconds = time.perf_counter() - start
-    run.steps = opt.steps
-    run.train_loss = run.losses[-1]
-    run.test_accuracy = model.accuracy(data.test_x, data.test_y)
-    run.digest = model.digest()
-    run.state_bytes = sum(opt.nbytes.values())
-    if args.ema is not None:
-        with opt.averaged():
-            run.average_accuracy = model.accuracy(data.test_x, data.test_y)
-    return run
+    return loop.finish()
+
+
+def dtype_of(precision: str) -> Any:
+    """The NumPy type of this name."""
+    if precision == "bfloat16":
+        require_bfloat16()
+    return np.dtype(precision)
 
 
 def print_table(runs: list[Run]) -> None:
@@ -161,12 +242,23 @@ def plot(runs: list[Run], title: str, path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for run in runs:
-        axes.plot(range(len(run.losses)), run.losses, label=run.rule, linewidth=1.5)
-    axes.set(xlabel="epoch", ylabel="training loss (cross-entropy)", yscale="log", title=title)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(ncols=2)
+    panels = {"training loss (cross-entropy)": {run.rule: run.losses for run in runs}}
+    for label, quantity in (("norm of gradient", "grad_norm"), ("norm of update / parameter", "update_ratio")):
+        curves = {
+            f"{run.rule} {name}": [math.nan, *(getattr(stats[name], quantity) for stats in run.stats)]
+            for run in runs
+            for name in run.last_stats or ()
+        }
+        if curves:
+            panels[label] = curves
+    figure, axes = plt.subplots(len(panels), figsize=(8, 1 + 4 * len(panels)), layout="constrained", squeeze=False)
+    for ax, (label, curves) in zip(axes[:, 0], panels.items()):
+        for name, values in curves.items():
+            ax.plot(range(len(values)), values, label=name, linewidth=1.5)
+        ax.set(xlabel="epoch", ylabel=label, yscale="log")
+        ax.grid(alpha=0.3, which="both")
+        ax.legend(ncols=2)
+    axes[0, 0].set_title(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -178,14 +270,14 @@ def main(args: argparse.Namespace) -> int:
         print(f"fusedstep train: --rule: expected all or one of {', '.join(database.TRAIN)}, got {args.rule!r}")
         return 2
     try:
-        data = load(args.data, args.dtype)
-    except DataError as error:
+        data = load(args.data, np.result_type(dtype_of(args.precision), np.float32))
+    except (DataError, ImportError) as error:
         print(f"fusedstep train: {error}")
         return 2
     batch = "all examples" if args.batch_size is None else f"batches of {args.batch_size}"
     layers = "-".join(str(size) for size in [data.train_x.shape[1], *args.hidden, data.n_classes])
     print(f"{data.name}: {len(data.train_x):,} training and {len(data.test_x):,} test examples")
-    print(f"perceptron {layers} in {args.dtype}, {batch}, backend {args.backend}\n")
+    print(f"perceptron {layers} in {args.precision}, {batch}, backend {args.backend}\n")
     with np.errstate(over="ignore", invalid="ignore"):  # a loss that is not finite is reported in words
         runs = [train(args, data, rule) for rule in rules]
     print_table(runs)
@@ -193,8 +285,14 @@ def main(args: argparse.Namespace) -> int:
     for run in runs:
         if run.stopped:
             print(f"{run.rule}: {run.stopped}")
+        if run.skipped:
+            print(f"{run.rule}: {run.skipped} steps skipped, because gradients overflowed: the loss scale has shrunk since")
+        if run.last_stats is not None:
+            print(f"{run.rule}, last step:\n{run.last_stats}")
+            for sentence in run.last_stats.warnings():
+                print(f"warning: {sentence}")
         print(f"SHA-256 of the final parameters ({run.rule}): {run.digest}")
-    path = args.plot or ("loss-curves.png" if args.rule == "all" else None)
+    path = args.plot or ("loss-curves.png" if args.rule == "all" or args.stats else None)
     if path is not None:
         try:
             plot(runs, f"{data.name}, perceptron {layers}", path)
