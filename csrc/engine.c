@@ -198,12 +198,12 @@ static void finish_array_sum(const fs_pass *pass, size_t i)
         norm->sum_squares = scaled_sum(pass, i, zero, ldexp(1.0, -norm->exponent), &tile);
 }
 
-/* min(1, max_norm / (norm + 1e-6)) for norm = root * 2^exponent, which alone may be too large for a double. */
-static double clip_factor(double root, int exponent, double max_norm)
+/* min(1, max_norm / (norm + eps)) for norm = root * 2^exponent, which alone may be too large for a double. */
+static double clip_factor(double root, int exponent, double max_norm, double eps)
 {
     const double norm = ldexp(root, exponent);
     const double factor = isinf(norm) && isfinite(root) ? ldexp(max_norm / root, -exponent)
-                                                        : max_norm / (norm + 1e-6);
+                                                        : max_norm / (norm + eps);
     return factor >= 1.0 ? 1.0 : factor;
 }
 
@@ -228,7 +228,7 @@ static void combine_arrays(fs_plan *plan, double *root, int *exponent)
 }
 
 /* The same with each array's norm first scaled by its clip_factor, which can be as tiny as the norm was large. What still
- * vanishes when squared is nothing beside clip_factor's 1e-6. */
+ * vanishes when squared is too small to be clipped. */
 static void combine_clipped_arrays(fs_plan *plan, double *root, int *exponent)
 {
     *exponent = 0;
@@ -254,6 +254,7 @@ static bool norm_pass(fs_pass *pass, fs_report *report)
     double root;
     int exponent;
     bool finite = true, clips_arrays = false;
+    const double eps = pass->options->clip_eps;
     pass->work = sum_work;
     run_pass(pass);
     for (size_t i = 0; i < plan->n_arrays; i++) {
@@ -269,14 +270,14 @@ static bool norm_pass(fs_pass *pass, fs_report *report)
         const fs_norm *norm = &plan->norms[i];
         const double max_norm = plan->groups[plan->arrays[i].group].clip_norm_per_array;
         if (max_norm < INFINITY) {
-            plan->clip_factors[i] = clip_factor(sqrt(norm->sum_squares), norm->exponent, max_norm);
+            plan->clip_factors[i] = clip_factor(sqrt(norm->sum_squares), norm->exponent, max_norm, eps);
             clips_arrays = true;
         }
     }
     if (pass->options->clip_norm < INFINITY) {
         if (clips_arrays)
             combine_clipped_arrays(plan, &root, &exponent);
-        const double factor = clip_factor(root, exponent, pass->options->clip_norm);
+        const double factor = clip_factor(root, exponent, pass->options->clip_norm, eps);
         for (size_t i = 0; i < plan->n_arrays; i++)
             plan->clip_factors[i] *= factor;
     }
@@ -374,6 +375,10 @@ static void update_row(const fs_work *w, size_t n, void *const *at, void *room)
         grad = w->k->apply_stages(n, grad, room, at[FS_PARAM], &w->stages);
     }
     w->k->rule[w->group->rule](n, at[FS_PARAM], grad, &at[FS_STATE], w->factor, w->group->decay, w->group->coefs);
+    if (w->group->decay_after != 1.0) {
+        const fs_stages decay = {.factor = w->group->decay_after, .clip_value = INFINITY};
+        w->k->apply_stages(n, at[FS_PARAM], at[FS_PARAM], NULL, &decay);
+    }
     if (w->bound)
         w->k->bound(n, at[FS_PARAM], w->group->lower, w->group->upper);
 }
@@ -382,7 +387,7 @@ static void update_row(const fs_work *w, size_t n, void *const *at, void *room)
  * that stay in the cache meanwhile. */
 static void update_run(const fs_work *w, const fs_array *array, size_t start, size_t end, fs_tile *tile)
 {
-    const bool in_pieces = w->stage_grad || w->bound || w->average || w->clear;
+    const bool in_pieces = w->stage_grad || w->bound || w->average || w->clear || w->group->decay_after != 1.0;
     size_t count = end - start < FS_BLOCK / 4 ? 0 : before_cache_line(array, start);
     for (; start < end; start += count, count = 0) {
         void *at[FS_N_OPERANDS];
@@ -548,9 +553,11 @@ void fs_update(fs_plan *plan, const fs_options *options)
     for (size_t i = 0; i < plan->n_groups; i++) {
         fs_group *group = &plan->groups[i];
         fs_rule_prepare(group->rule, group->hyper, plan->step, group->coefs);
-        group->decay = group->decay_mode == FS_COUPLED     ? 1.0
-                       : group->decay_mode == FS_DECOUPLED ? 1.0 - group->hyper[0] * group->weight_decay
-                                                           : 1.0 - group->weight_decay;
+        const double decoupled = 1.0 - group->hyper[0] * group->weight_decay;
+        group->decay = group->decay_mode == FS_DECOUPLED     ? decoupled
+                       : group->decay_mode == FS_INDEPENDENT ? 1.0 - group->weight_decay
+                                                             : 1.0;
+        group->decay_after = group->decay_mode == FS_DECOUPLED_AFTER ? decoupled : 1.0;
     }
     pass.work = update_work;
     run_pass(&pass);

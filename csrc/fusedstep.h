@@ -31,8 +31,11 @@ typedef enum { FS_FLOAT32, FS_FLOAT64, FS_FLOAT16, FS_BFLOAT16, FS_INT8, FS_UINT
 typedef enum { FS_NEAREST, FS_STOCHASTIC, FS_KAHAN, FS_SPLIT, FS_MASTER, FS_N_ROUNDINGS } fs_rounding;
 
 /* Weight decay adds to the gradient; or multiplies the parameter by 1 - lr weight_decay, or by 1 - weight_decay, before the
- * rule. */
-typedef enum { FS_COUPLED, FS_DECOUPLED, FS_INDEPENDENT } fs_decay;
+ * rule; or by 1 - lr weight_decay after it. */
+typedef enum { FS_COUPLED, FS_DECOUPLED, FS_INDEPENDENT, FS_DECOUPLED_AFTER } fs_decay;
+
+/* Whose equations to follow: values of the hyper-parameter `convention`, of rules that differ in more than defaults. */
+enum { FS_TORCH, FS_KERAS, FS_OPTAX, FS_TF, FS_SKLEARN, FS_THINC };
 
 /* What a non-finite gradient does to the step. */
 typedef enum { FS_NONFINITE_STOP, FS_NONFINITE_ZERO, FS_NONFINITE_PROPAGATE } fs_nonfinite;
@@ -120,7 +123,7 @@ typedef struct {
     double average_weight;         /* of the new parameter in its average, where there is one */
     /* Computed by the step. */
     double coefs[FS_MAX_COEFS];
-    double decay;
+    double decay, decay_after;
 } fs_group;
 
 typedef struct {
@@ -145,6 +148,7 @@ typedef struct {
 typedef struct {
     double grad_scale;             /* gradients are divided by this */
     double clip_norm;              /* infinity for none */
+    double clip_eps;               /* added to norms when they are clipped */
     double clip_factor;            /* a further factor, found by the caller; 1 for none */
     fs_nonfinite nonfinite;
     bool clear_grads;              /* fs_update sets them to 0 once they are used; they must lie apart */

@@ -66,8 +66,8 @@ BAD = [
     (
         dict(clip=1),
         TypeError,
-        "adam: unknown option 'clip'; it has lr, betas, eps, grad_scale, zero_nonfinite, maximize, clip_factor, clip_value, "
-        "weight_decay, decoupled_weight_decay, decay_mode, l1, bounds",
+        "adam: unknown option 'clip'; it has lr, betas, eps, convention, grad_scale, zero_nonfinite, maximize, clip_factor, "
+        "clip_value, weight_decay, decoupled_weight_decay, decay_mode, l1, bounds",
     ),
 ]
 

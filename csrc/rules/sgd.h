@@ -2,19 +2,24 @@
  *
  *     b = momentum b + (1 - dampening) g      (the first step does not dampen: b = g)
  *     p = p - lr d,   d = g (no momentum),  b (momentum),  g + momentum b (Nesterov)
+ *
+ * Keras, TensorFlow and scikit-learn have lr inside the velocity: b = momentum b + lr g,  p = p - d,  d = b (momentum),
+ * lr g + momentum b (Nesterov).
  */
 #ifndef real
 
-typedef struct { double lr, momentum, dampening; } sgd_hyper;
-static const char sgd_hyper_names[] = "lr momentum dampening";
+typedef struct { double lr, momentum, dampening, convention; } sgd_hyper;
+static const char sgd_hyper_names[] = "lr momentum dampening convention";
 
-typedef struct { double lr, momentum, undamped; } sgd_coefs;
+typedef struct { double lr, momentum, inside, outside; } sgd_coefs;
 
 static void sgd_prepare(const sgd_hyper *h, double step, sgd_coefs *c)
 {
     c->lr = h->lr;
     c->momentum = h->momentum;
-    c->undamped = step > 1.0 ? 1.0 - h->dampening : 1.0;
+    const bool lr_inside = h->convention == FS_KERAS || h->convention == FS_TF || h->convention == FS_SKLEARN;
+    c->inside = lr_inside ? h->lr : step > 1.0 ? 1.0 - h->dampening : 1.0;
+    c->outside = lr_inside ? 1.0 : h->lr;
 }
 
 #else
@@ -26,14 +31,14 @@ RULE(sgd)(real *p, real g, const sgd_coefs *c)
 
 RULE(sgd_momentum)(real *p, real g, real *buffer, const sgd_coefs *c)
 {
-    *buffer = (real)c->momentum * *buffer + (real)c->undamped * g;
-    *p = *p - (real)c->lr * *buffer;
+    *buffer = (real)c->momentum * *buffer + (real)c->inside * g;
+    *p = *p - (real)c->outside * *buffer;
 }
 
 RULE(sgd_nesterov)(real *p, real g, real *buffer, const sgd_coefs *c)
 {
-    *buffer = (real)c->momentum * *buffer + (real)c->undamped * g;
-    *p = *p - (real)c->lr * (g + (real)c->momentum * *buffer);
+    *buffer = (real)c->momentum * *buffer + (real)c->inside * g;
+    *p = *p - (real)c->outside * ((real)c->inside * g + (real)c->momentum * *buffer);
 }
 
 #endif

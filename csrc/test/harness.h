@@ -289,7 +289,7 @@ static void use_rule(fs_group *group, int rule)
 {
     static const struct { const char *name; double value; } known[] = {
         {"lr", 0.01}, {"eps", 1e-8}, {"lr_decay", 0.1}, {"momentum", 0.9}, {"dampening", 0.25}, {"rho", 0.9},
-        {"alpha", 0.99}, {"beta1", 0.9}, {"beta2", 0.999},
+        {"alpha", 0.99}, {"beta1", 0.9}, {"beta2", 0.999}, {"convention", FS_TORCH},
     };
     *group = (fs_group){.rule = rule, .clip_value = INFINITY, .clip_norm_per_array = INFINITY,
                         .lower = -INFINITY, .upper = INFINITY};
@@ -310,7 +310,7 @@ static fs_options plain(fs_plan *plan, int rule)
 {
     for (size_t g = 0; g < plan->n_groups; g++)
         use_rule(&plan->groups[g], rule);
-    return (fs_options){.grad_scale = 1.0, .clip_norm = INFINITY, .clip_factor = 1.0,
+    return (fs_options){.grad_scale = 1.0, .clip_norm = INFINITY, .clip_factor = 1.0, .clip_eps = 1e-6,
                         .nonfinite = FS_NONFINITE_PROPAGATE, .n_threads = 1};
 }
 

@@ -143,17 +143,18 @@ static void test_textbook(void)
         double hyper[FS_MAX_HYPER];
         void (*textbook)(wide *p, wide g, wide *s, const double *h, int t);
     } cases[] = {
-        {"sgd", "lr momentum dampening", {0.1, 0.5, 0.5}, textbook_sgd},
-        {"sgd_momentum", "lr momentum dampening", {0.1, 0.9, 0.25}, textbook_momentum},
-        {"sgd_nesterov", "lr momentum dampening", {0.1, 0.9, 0.25}, textbook_nesterov},
-        {"adagrad", "lr lr_decay eps", {0.1, 0.01, 1e-10}, textbook_adagrad},
+        {"sgd", "lr momentum dampening convention", {0.1, 0.5, 0.5}, textbook_sgd},
+        {"sgd_momentum", "lr momentum dampening convention", {0.1, 0.9, 0.25}, textbook_momentum},
+        {"sgd_nesterov", "lr momentum dampening convention", {0.1, 0.9, 0.0}, textbook_nesterov},
+        {"adagrad", "lr lr_decay eps convention", {0.1, 0.01, 1e-10}, textbook_adagrad},
         {"adadelta", "lr rho eps", {0.5, 0.9, 1e-6}, textbook_adadelta},
-        {"rmsprop", "lr alpha eps momentum", {0.01, 0.9, 1e-3, 0.9}, textbook_rmsprop},
-        {"rmsprop_momentum", "lr alpha eps momentum", {0.01, 0.9, 1e-3, 0.9}, textbook_rmsprop_momentum},
-        {"rmsprop_centered", "lr alpha eps momentum", {0.01, 0.9, 1e-3, 0.9}, textbook_rmsprop_centered},
-        {"rmsprop_centered_momentum", "lr alpha eps momentum", {0.01, 0.99, 1e-8, 0.9}, textbook_rmsprop_centered_momentum},
-        {"adam", "lr beta1 beta2 eps", {0.01, 0.9, 0.999, 1e-3}, textbook_adam},
-        {"adam_amsgrad", "lr beta1 beta2 eps", {0.01, 0.8, 0.5, 1e-3}, textbook_amsgrad},
+        {"rmsprop", "lr alpha eps momentum convention", {0.01, 0.9, 1e-3, 0.9}, textbook_rmsprop},
+        {"rmsprop_momentum", "lr alpha eps momentum convention", {0.01, 0.9, 1e-3, 0.9}, textbook_rmsprop_momentum},
+        {"rmsprop_centered", "lr alpha eps momentum convention", {0.01, 0.9, 1e-3, 0.9}, textbook_rmsprop_centered},
+        {"rmsprop_centered_momentum", "lr alpha eps momentum convention", {0.01, 0.99, 1e-8, 0.9},
+         textbook_rmsprop_centered_momentum},
+        {"adam", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.999, 1e-3}, textbook_adam},
+        {"adam_amsgrad", "lr beta1 beta2 eps convention", {0.01, 0.8, 0.5, 1e-3}, textbook_amsgrad},
     };
     static const double tolerance[] = {[FS_FLOAT32] = 1e-5, [FS_FLOAT64] = 1e-12};
     enum { SIZE = 200, STEPS = 20 };
@@ -196,7 +197,7 @@ static void test_negative_variance(void)
     const size_t size = 37;
     fs_plan *plan = make_plan(FS_FLOAT64, 1, &size);
     const fs_options options = plain(plan, find_rule("rmsprop_centered"));
-    memcpy(plan->groups[0].hyper, (double[]){0.5, 1.0, 0.125, 0.0}, 4 * sizeof(double));
+    memcpy(plan->groups[0].hyper, (double[]){0.5, 1.0, 0.125, 0.0, FS_TORCH}, 5 * sizeof(double));
     for (size_t e = 0; e < size; e++) {
         set(plan, 0, FS_PARAM, e, 3.0);
         set(plan, 0, FS_GRAD, e, 0.25);

@@ -20,6 +20,7 @@ from .config import show_config
 from .errors import NonFiniteGradientError
 from .optimizer import Optimizer, StepReport
 from .rules import *  # noqa: F403
+from .rules import conventions
 from .scaling import DynamicLossScaler
 from .telemetry import ArrayStats, Stats
 
@@ -35,6 +36,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_value",
+    "conventions",
     "get_num_threads",
     "global_norm",
     "kernels",

@@ -105,11 +105,12 @@ class ReferencePlan:
         *,
         grad_scale: float = 1.0,
         clip_norm: float | None = None,
+        clip_eps: float = 1e-6,
         nonfinite: str = "raise",
         num_threads: int | None = None,
         clear_grads: bool = False,
     ) -> Outcome:
-        applied, grad_norm, factors, bad = self._measure(grad_scale, clip_norm, nonfinite)
+        applied, grad_norm, factors, bad = self._measure(grad_scale, clip_norm, clip_eps, nonfinite)
         self.stages = [
             {"grad_scale": grad_scale, "clip_factor": factor, "zero_nonfinite": nonfinite == "zero"} for factor in factors
         ]
@@ -182,7 +183,7 @@ class ReferencePlan:
         return self.norms[i], *norms, self.stages[i]["clip_factor"], n_zero, self.n_nonfinite[i]
 
     def _measure(
-        self, grad_scale: float, clip_norm: float | None, nonfinite: str
+        self, grad_scale: float, clip_norm: float | None, clip_eps: float, nonfinite: str
     ) -> tuple[bool, float | None, list[float], list[tuple[int, int]]]:
         """Whether to go on, norm of all gradients, clip factor of each, and where how many elements are not finite."""
         limits = [self.values[group].get("clip_norm_per_array") for group in self.groups]
@@ -202,10 +203,10 @@ class ReferencePlan:
         self.norms[:] = [reference.ldexp(math.sqrt(total), e) for total, e in sums]
         root, exponent = reference.combine(sums)
         grad_norm = reference.ldexp(root, exponent)
-        factors = [reference.clip_factor(math.sqrt(total), e, limit) for (total, e), limit in zip(sums, limits)]
+        factors = [reference.clip_factor(math.sqrt(total), e, limit, clip_eps) for (total, e), limit in zip(sums, limits)]
         if any(limits):
             root, exponent = reference.combine_clipped(sums, factors)
-        factor = reference.clip_factor(root, exponent, clip_norm)
+        factor = reference.clip_factor(root, exponent, clip_norm, clip_eps)
         applied = not bad or nonfinite not in ("raise", "skip")
         return applied, grad_norm, [f * factor for f in factors], bad
 

@@ -15,6 +15,7 @@ from libc.stddef cimport ptrdiff_t, size_t
 cimport numpy as cnp
 
 from fusedstep._arrays import overlaps_itself
+from fusedstep._hyper import CONVENTIONS
 
 cnp.import_array()
 
@@ -76,6 +77,7 @@ cdef extern from "fusedstep.h" nogil:
         FS_COUPLED
         FS_DECOUPLED
         FS_INDEPENDENT
+        FS_DECOUPLED_AFTER
 
     ctypedef enum fs_nonfinite:
         FS_NONFINITE_STOP
@@ -149,7 +151,7 @@ cdef extern from "fusedstep.h" nogil:
         unsigned long long seed
 
     ctypedef struct fs_options:
-        double grad_scale, clip_norm, clip_factor
+        double grad_scale, clip_norm, clip_eps, clip_factor
         fs_nonfinite nonfinite
         bint clear_grads
         int n_threads
@@ -201,6 +203,9 @@ cdef dict ERRORS = {
     FS_BAD_LEVEL: (ValueError, "this CPU level is not available"),
 }
 
+cdef dict DECAY_MODES = {
+    "coupled": FS_COUPLED, "decoupled": FS_DECOUPLED, "independent": FS_INDEPENDENT, "decoupled_after": FS_DECOUPLED_AFTER,
+}
 cdef dict ROUNDINGS = {
     "nearest": FS_NEAREST, "stochastic": FS_STOCHASTIC, "kahan": FS_KAHAN, "split": FS_SPLIT, "master": FS_MASTER,
 }
@@ -624,12 +629,14 @@ cdef class Plan:
         cdef int h = 0
         self.seen = None
         for name, item in self.places[index]:
-            group.hyper[h] = values[name] if item is None else values[name][item]
+            if name == "convention":
+                group.hyper[h] = CONVENTIONS.index(values.get(name, "torch"))
+            else:
+                group.hyper[h] = values[name] if item is None else values[name][item]
             h += 1
         group.weight_decay = values.get("weight_decay", 0.0)
-        mode = values.get("decay_mode")
-        decoupled = mode == "decoupled" or (mode is None and values.get("decoupled_weight_decay"))
-        group.decay_mode = FS_INDEPENDENT if mode == "independent" else FS_DECOUPLED if decoupled else FS_COUPLED
+        mode = values.get("decay_mode") or ("decoupled" if values.get("decoupled_weight_decay") else "coupled")
+        group.decay_mode = DECAY_MODES[mode]
         group.l1 = values.get("l1", 0.0)
         group.maximize = values.get("maximize", False)
         group.clip_value = or_infinity(values.get("clip_value"))
@@ -648,8 +655,8 @@ cdef class Plan:
     def steps(self, value):
         self.plan.step = value
 
-    def measure(self, *, double grad_scale=1.0, clip_norm=None, double clip_factor=1.0, str nonfinite="raise",
-                num_threads=None, bint clear_grads=False):
+    def measure(self, *, double grad_scale=1.0, clip_norm=None, double clip_eps=1e-6, double clip_factor=1.0,
+                str nonfinite="raise", num_threads=None, bint clear_grads=False):
         """Look at the bound gradients, and get ready to use them with these options.
 
         Returns whether they may be used, their norm (None if nothing depends on it), the smallest clip factor, and for each
@@ -659,6 +666,7 @@ cdef class Plan:
         cdef size_t i
         self.options.grad_scale = grad_scale
         self.options.clip_norm = or_infinity(clip_norm)
+        self.options.clip_eps = clip_eps
         self.options.n_threads = 0 if num_threads is None else num_threads
         self.options.clip_factor = clip_factor
         self.options.clear_grads = clear_grads and self.grads_lie_apart()

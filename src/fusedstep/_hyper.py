@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Union
 
 Hyper = Union[float, Callable[[int], float]]
@@ -34,6 +34,9 @@ class Options(TypedDict, total=False):
     allocate_state: Callable[[str, tuple[int, ...], Any], Any] | None
 
 
+CONVENTIONS = ("torch", "keras", "optax", "tf", "sklearn", "thinc")
+"""Whose equations and defaults there are; C counts them in this order."""
+
 OPTION_DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "decoupled_weight_decay": False,
@@ -63,11 +66,11 @@ GLOBAL_OPTIONS = (
 )  # fmt: skip
 
 CHOICES = {
-    "decay_mode": (None, "coupled", "decoupled", "independent"),
+    "decay_mode": (None, "coupled", "decoupled", "independent", "decoupled_after"),
     "state_dtype": (None, "float32", "bfloat16", "int8"),
     "low_precision": ("nearest", "stochastic", "kahan", "split", "master"),
     "nonfinite": ("raise", "skip", "zero", "propagate"),
-    "convention": ("torch",),
+    "convention": CONVENTIONS,
     "backend": ("c", "reference"),
 }
 
@@ -156,6 +159,7 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "decay_mode": lambda value, label: choice("decay_mode", value, label),
     "l1": at_least_0,
     "maximize": boolean,
+    "convention": lambda value, label: choice("convention", value, label),
     "grad_scale": grad_scale,
     "clip_factor": at_least_0,
     "zero_nonfinite": boolean,
@@ -176,6 +180,13 @@ def resolve(name: str, value: Any, step: int, label: str) -> Any:
             raise TypeError(f"{label}: expected a pair of numbers, got {value!r}")
         return tuple(CHECKS[name](v(step) if callable(v) else v, f"{label}[{i}]") for i, v in enumerate(value))
     return CHECKS[name](value, label)
+
+
+def check_only(name: str, values: Mapping[str, Any], wanted: Any, *conventions: str) -> None:
+    """Refuse any other value of a hyper-parameter that only these conventions know."""
+    convention = values.get("convention", "torch")
+    if convention not in conventions and values[name] != wanted:
+        raise ValueError(f"{name}: expected {wanted} for convention={convention!r}, got {values[name]}")
 
 
 def choice(name: str, value: Any, label: str | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import threading
@@ -59,14 +60,16 @@ class Optimizer:
         Adds ``weight_decay * param`` to the gradient (L2 regularisation).
     decoupled_weight_decay : bool
         Multiply the parameter by ``1 - lr * weight_decay`` before the update instead.
-    decay_mode : {None, "coupled", "decoupled", "independent"}
-        Which of the two, in place of `decoupled_weight_decay`; or ``1 - weight_decay``, independent of the learning rate.
+    decay_mode : {None, "coupled", "decoupled", "independent", "decoupled_after"}
+        Which of the two, in place of `decoupled_weight_decay`; or multiply by ``1 - weight_decay``, independent of the
+        learning rate; or by ``1 - lr * weight_decay`` after the update.
     l1 : float
         Adds ``l1 * sign(param)`` to the gradient.
     maximize : bool
         Follow the gradient up instead of down.
     clip_norm : float, optional
-        Scale all gradients by ``min(1, clip_norm / (norm + 1e-6))``, where norm is that of all of them together.
+        Scale all gradients by ``min(1, clip_norm / (norm + 1e-6))``, where norm is that of all of them together; without the
+        1e-6 in conventions other than "torch".
     clip_norm_per_array : float, optional
         The same with each array's own norm; comes before `clip_norm`.
     clip_value : float, optional
@@ -95,8 +98,8 @@ class Optimizer:
     nonfinite : {"raise", "skip", "zero", "propagate"}
         What an inf or nan in a gradient does: raise :class:`NonFiniteGradientError`, leave out the step, count as 0, or go
         on unchecked, which saves reading the gradients once more. In the first two cases nothing changes.
-    convention : {"torch"}
-        Whose equations and defaults to follow.
+    convention : {"torch", "keras", "optax", "tf", "sklearn", "thinc"}
+        Whose equations and defaults to follow; :func:`fusedstep.conventions` has those of each rule.
     backend : {"c", "reference"}
         Compiled kernels, or NumPy. Both give the same bits.
     num_threads : int, optional
@@ -120,6 +123,8 @@ class Optimizer:
     _rule: ClassVar[Callable[..., None]]
     _option_defaults: ClassVar[dict[str, Any]] = {}
     _non_negative_states: ClassVar[tuple[str, ...]] = ()
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}}
+    """Whose equations there are, with the defaults that are not those of the signature; REQUIRED for those to be given."""
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -160,6 +165,8 @@ class Optimizer:
         return 0.0
 
     def __init_subclass__(cls) -> None:
+        if "__init__" in cls.__dict__:
+            cls.__init__ = with_defaults_of_convention(cls.__init__)  # type: ignore[method-assign]
         # Show the common options in help() and in editors.
         own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name not in ("self", "options")]
         defaults = _hyper.OPTION_DEFAULTS | cls._option_defaults
@@ -174,6 +181,7 @@ class Optimizer:
         defaults = {**hyper, **known, **options}
         for name in _hyper.CHOICES:
             _hyper.choice(name, defaults[name])
+        self._check_convention(defaults["convention"])
         if defaults["num_threads"] is not None:
             _hyper.check_num_threads(defaults["num_threads"])
         self.nonfinite: str = defaults["nonfinite"]
@@ -250,6 +258,7 @@ class Optimizer:
             if not values or not all(map(operator.is_, raw, raw_before)):
                 label = f"param_groups[{i}]." if self._is_grouped else ""
                 values = {key: _hyper.resolve(key, group[key], step, label + key) for key in self._group_defaults}
+                values["convention"] = self.convention
                 self._check_hyper(values)
                 if all(is_constant(value) for value in raw):
                     self._resolved[i] = raw, values
@@ -257,6 +266,12 @@ class Optimizer:
                     self._resolved.pop(i, None)
             resolved.append(values)
         return resolved
+
+    @classmethod
+    def _check_convention(cls, convention: str) -> None:
+        if convention not in cls._conventions:
+            known = ", ".join(map(repr, cls._conventions))
+            raise ValueError(f"convention: expected one of {known} for {cls.__name__}, got {convention!r}")
 
     @staticmethod
     def _check_hyper(values: Mapping[str, Any]) -> None:
@@ -389,6 +404,7 @@ class Optimizer:
         applied, grad_norm, clip_factor, bad = self._plan.measure(
             grad_scale=grad_scale,
             clip_norm=clip_norm,
+            clip_eps=1e-6 if self.convention == "torch" else 0.0,
             nonfinite=self.nonfinite,
             num_threads=self.num_threads,
             clear_grads=zero_grads,
@@ -689,6 +705,30 @@ class Optimizer:
             for group in self.param_groups
         )
         return f"<{type(self).__name__} after {self.steps} steps{groups}>"
+
+
+REQUIRED = "to be given"
+
+
+def with_defaults_of_convention(init: Any) -> Any:
+    """An optimizer's ``__init__`` for which arguments left out have the defaults of its convention."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapped(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        own = self._conventions.get(kwargs.get("convention", "torch"))
+        if own:
+            given = {*signature.bind(self, *args, **kwargs).arguments, *kwargs}
+            missing = {name: value for name, value in own.items() if name not in given}
+            for name, value in missing.items():
+                if value is REQUIRED:
+                    raise TypeError(
+                        f"{name}: expected a number, got none: convention={kwargs['convention']!r} has no default"
+                    )
+            kwargs |= missing
+        init(self, *args, **kwargs)
+
+    return wrapped
 
 
 def is_groups(params: Any) -> bool:

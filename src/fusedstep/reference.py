@@ -48,7 +48,8 @@ class Stages(TypedDict, total=False):
     decoupled_weight_decay: bool
     """See ``weight_decay`` (default False)."""
     decay_mode: str | None
-    """``"coupled"`` or ``"decoupled"`` in place of that, or ``"independent"`` of lr: ``param *= 1 - weight_decay``."""
+    """``"coupled"`` or ``"decoupled"`` in place of that; or ``"independent"`` of lr: ``param *= 1 - weight_decay``; or
+    ``"decoupled_after"`` the rule."""
     l1: float
     """Then add ``l1 * sign(param)`` (default 0)."""
     bounds: tuple[float, float] | None
@@ -111,11 +112,13 @@ def operands(
             p *= 1 - weight_decay
         elif decay_mode == "decoupled" or (decay_mode is None and decoupled_weight_decay):
             p *= 1 - lr * weight_decay
-        elif weight_decay != 0:
+        elif decay_mode != "decoupled_after" and weight_decay != 0:
             g += weight_decay * p
         if l1 != 0:
             g += l1 * np.sign(p)
         yield [p, g, *s]
+        if decay_mode == "decoupled_after":
+            p *= 1 - lr * weight_decay
         if bounds is not None:
             lower, upper = p.dtype.type(bounds[0]), p.dtype.type(bounds[1])
             p = np.where(p < lower, lower, np.where(p > upper, upper, p))  # a NaN stays one
@@ -305,6 +308,7 @@ def sgd(
     momentum: float = 0.0,
     dampening: float = 0.0,
     nesterov: bool = False,
+    convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> None:
     """Gradient descent, with momentum if ``momentum_buffer`` is given; see :class:`fusedstep.SGD`."""
@@ -314,9 +318,11 @@ def sgd(
             p -= lr * g
             return
         (b,) = buffer
-        undamped = 1 - dampening if step > 1 else 1.0
-        b[:] = momentum * b + undamped * g
-        p -= lr * (g + momentum * b if nesterov else b)
+        inside, outside = (1 - dampening if step > 1 else 1.0), lr
+        if convention in ("keras", "tf", "sklearn"):
+            inside, outside = lr, 1.0
+        b[:] = momentum * b + inside * g
+        p -= outside * (inside * g + momentum * b if nesterov else b)
 
 
 def adagrad(
@@ -328,12 +334,14 @@ def adagrad(
     lr: float = 1e-2,
     lr_decay: float = 0.0,
     eps: float = 1e-10,
+    convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> None:
     """Adagrad; see :class:`fusedstep.Adagrad`."""
     with operands(param, grad, sum, lr=lr, **stages) as (p, g, s):
         s += g * g
-        p -= lr / (1 + (step - 1) * lr_decay) * g / (np.sqrt(s) + eps)
+        eps_inside, eps_outside = (eps, 0.0) if convention in ("keras", "optax") else (0.0, eps)
+        p -= lr / (1 + (step - 1) * lr_decay) * g / (np.sqrt(s + eps_inside) + eps_outside)
 
 
 def adadelta(
@@ -368,6 +376,7 @@ def rmsprop(
     alpha: float = 0.99,
     eps: float = 1e-8,
     momentum: float = 0.0,
+    convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> None:
     """RMSprop, centered if ``grad_avg``, with momentum if ``momentum_buffer`` is given; see :class:`fusedstep.RMSprop`."""
@@ -380,11 +389,18 @@ def rmsprop(
             m += (1 - alpha) * (g - m)
             variance = v - m * m
             variance[variance < 0] = 0  # rounding; a NaN stays a NaN
-        direction = g / (np.sqrt(variance) + eps)
-        if momentum_buffer is not None:
+        eps_inside, eps_outside, inside, outside = 0.0, eps, 1.0, lr
+        if convention in ("keras", "optax", "tf"):
+            inside, outside = lr, 1.0
+            if convention != "tf" or momentum != 0:
+                eps_inside, eps_outside = eps, 0.0
+        direction = g / (np.sqrt(variance + eps_inside) + eps_outside)
+        if momentum_buffer is None:
+            p -= lr * direction
+        else:
             (b,) = others
-            b[:] = direction = momentum * b + direction
-        p -= lr * direction
+            b[:] = momentum * b + inside * direction
+            p -= outside * b
 
 
 def adam(
@@ -398,6 +414,7 @@ def adam(
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> None:
     """Adam, or AMSGrad if ``max_exp_avg_sq`` is given; see :class:`fusedstep.Adam`."""
@@ -405,11 +422,15 @@ def adam(
     with operands(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, lr=lr, **stages) as (p, g, m, v, *v_max):
         m += (1 - beta1) * (g - m)
         v[:] = beta2 * v + (1 - beta2) * g * g
+        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+        step_size, rsqrt_correction2 = lr / correction1, 1 / math.sqrt(correction2)
+        if convention not in ("torch", "optax"):
+            step_size, rsqrt_correction2 = lr * math.sqrt(correction2) / correction1, 1.0
         second_moment = v
         if v_max:
+            if convention == "optax":
+                v, rsqrt_correction2 = v * (1 / correction2), 1.0
             v_max[0][:] = second_moment = np.where(v_max[0] > v, v_max[0], v)
-        step_size = lr / (1 - beta1**step)
-        rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
         p -= step_size * m / (np.sqrt(second_moment) * rsqrt_correction2 + eps)
 
 
@@ -424,12 +445,14 @@ def adamw(
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> None:
     """Adam with decoupled weight decay of 0.01 unless given; see :class:`fusedstep.AdamW`."""
     stages.setdefault("weight_decay", 1e-2)
     stages.setdefault("decoupled_weight_decay", True)
-    adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, lr=lr, betas=betas, eps=eps, **stages)
+    hyper = dict(lr=lr, betas=betas, eps=eps, convention=convention)
+    adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, **hyper, **stages)  # type: ignore[arg-type]
 
 
 # ---- Norms --------------------------------------------------------------------------------------------------------------
@@ -498,7 +521,7 @@ def combine(sums: list[tuple[float, int]]) -> tuple[float, int]:
 def combine_clipped(sums: list[tuple[float, int]], factors: list[float]) -> tuple[float, int]:
     """The same with each array's norm first scaled by its factor, which can be as tiny as the norm was large.
 
-    What still vanishes when squared is nothing beside clip_factor's 1e-6.
+    What still vanishes when squared is too small to be clipped.
     """
     norms = [math.frexp(math.sqrt(total) * f) for (total, _), f in zip(sums, factors)]
     norms = [(mantissa, own + e) for (mantissa, own), (_, e) in zip(norms, sums)]
@@ -508,13 +531,15 @@ def combine_clipped(sums: list[tuple[float, int]], factors: list[float]) -> tupl
         return math.sqrt(pairwise_sum(scaled * scaled)), exponent
 
 
-def clip_factor(root: float, exponent: int, max_norm: float | None) -> float:
-    """``min(1, max_norm / (norm + 1e-6))`` for ``norm = root * 2**exponent``."""
+def clip_factor(root: float, exponent: int, max_norm: float | None, eps: float = 1e-6) -> float:
+    """``min(1, max_norm / (norm + eps))`` for ``norm = root * 2**exponent``."""
     if max_norm is None:
         return 1.0
     norm = ldexp(root, exponent)
     if math.isinf(norm) and math.isfinite(root):
         factor = ldexp(max_norm / root, -exponent)
+    elif norm + eps == 0:
+        return 1.0
     else:
-        factor = max_norm / (norm + 1e-6)
+        factor = max_norm / (norm + eps)
     return 1.0 if factor >= 1 else factor

@@ -7,10 +7,31 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import _hyper, reference
 from ._hyper import Hyper
-from .optimizer import Optimizer
+from .optimizer import REQUIRED, Optimizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+def conventions() -> dict[str, dict[str, dict[str, Any]]]:
+    """Whose equations there are of each rule, with the defaults that differ from PyTorch's.
+
+    Returns
+    -------
+    dict
+        ``conventions()[rule][convention][hyper-parameter]``; what has no default there is said to be REQUIRED. README has a
+        table of how the equations differ.
+
+    Examples
+    --------
+    >>> import fusedstep as fs
+    >>> fs.conventions()["RMSprop"]["keras"]
+    {'lr': 0.001, 'alpha': 0.9, 'eps': 1e-07, 'decoupled_weight_decay': True}
+    >>> list(fs.conventions()["AdamW"])
+    ['torch', 'keras', 'optax']
+    """
+    return {name: {own: dict(values) for own, values in globals()[name]._conventions.items()} for name in __all__}
+
 
 __all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "RMSprop"]
 
@@ -56,6 +77,14 @@ class SGD(Optimizer):
     """
 
     _rule = staticmethod(reference.sgd)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"lr": 1e-2, "decoupled_weight_decay": True},
+        "optax": {"lr": REQUIRED},
+        "tf": {"lr": 1e-2},
+        "sklearn": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+        "thinc": {"lr": REQUIRED, "clip_norm_per_array": 1.0, "decay_mode": "decoupled_after"},
+    }
 
     def __init__(
         self,
@@ -71,6 +100,8 @@ class SGD(Optimizer):
 
     @staticmethod
     def _check_hyper(values: Mapping[str, Any]) -> None:
+        _hyper.check_only("dampening", values, 0, "torch")
+        _hyper.check_only("momentum", values, 0, "torch", "keras", "optax", "tf", "sklearn")
         if values["nesterov"] and not (values["momentum"] > 0 and values["dampening"] == 0):
             raise ValueError("nesterov: expected momentum > 0 and dampening = 0 with it, got "
                              f"momentum={values['momentum']}, dampening={values['dampening']}")  # fmt: skip
@@ -124,6 +155,12 @@ class Adagrad(Optimizer):
 
     _rule = staticmethod(reference.adagrad)
     _non_negative_states = ("sum",)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"lr": 1e-3, "initial_accumulator_value": 0.1, "eps": 1e-7, "decoupled_weight_decay": True},
+        "optax": {"lr": REQUIRED, "initial_accumulator_value": 0.1, "eps": 1e-7},
+        "tf": {"lr": 1e-3, "initial_accumulator_value": 0.1, "eps": 1e-7},
+    }
 
     def __init__(
         self,
@@ -137,6 +174,10 @@ class Adagrad(Optimizer):
     ) -> None:
         hyper = dict(lr=lr, lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, eps=eps)
         super().__init__(params, hyper, options)
+
+    @staticmethod
+    def _check_hyper(values: Mapping[str, Any]) -> None:
+        _hyper.check_only("lr_decay", values, 0, "torch")
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -183,6 +224,12 @@ class Adadelta(Optimizer):
     """
 
     _rule = staticmethod(reference.adadelta)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"lr": 1e-3, "rho": 0.95, "eps": 1e-7, "decoupled_weight_decay": True},
+        "optax": {},
+        "tf": {"lr": 1e-3, "rho": 0.95, "eps": 1e-7},
+    }
     _non_negative_states = ("square_avg", "acc_delta")
 
     def __init__(
@@ -249,6 +296,12 @@ class RMSprop(Optimizer):
     """
 
     _rule = staticmethod(reference.rmsprop)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"lr": 1e-3, "alpha": 0.9, "eps": 1e-7, "decoupled_weight_decay": True},
+        "optax": {"lr": REQUIRED, "alpha": 0.9},
+        "tf": {"lr": 1e-3, "alpha": 0.9, "eps": 1e-7},
+    }
     _non_negative_states = ("square_avg",)
 
     def __init__(
@@ -324,6 +377,14 @@ class Adam(Optimizer):
 
     _rule = staticmethod(reference.adam)
     _non_negative_states = ("exp_avg_sq", "max_exp_avg_sq")
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"eps": 1e-7, "decoupled_weight_decay": True},
+        "optax": {"lr": REQUIRED},
+        "tf": {"eps": 1e-7},
+        "sklearn": {},
+        "thinc": {"clip_norm_per_array": 1.0, "decay_mode": "decoupled_after"},
+    }
 
     def __init__(
         self,
@@ -336,6 +397,10 @@ class Adam(Optimizer):
         **options: Unpack[_hyper.Options],
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, amsgrad=amsgrad), options)
+
+    @staticmethod
+    def _check_hyper(values: Mapping[str, Any]) -> None:
+        _hyper.check_only("amsgrad", values, False, "torch", "keras", "optax", "tf")
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -366,4 +431,9 @@ class AdamW(Adam):
     """
 
     _rule = staticmethod(reference.adamw)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"weight_decay": 4e-3, "eps": 1e-7},
+        "optax": {"lr": REQUIRED, "weight_decay": 1e-4},
+    }
     _option_defaults: ClassVar[dict[str, Any]] = {"weight_decay": 1e-2, "decoupled_weight_decay": True}

@@ -1,0 +1,357 @@
+"""Equations and defaults of other libraries, against those libraries where they install, else against their equations.
+
+50 steps of random gradients in float64. What remains is the order of operations: less than 5e-15 of the largest parameter seen.
+"""
+
+import inspect
+import os
+import warnings
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import assert_same_bits, run
+
+import fusedstep as fs
+from fusedstep import database
+
+STEPS = 50
+SHAPES = [(3, 4), (70,), ()]
+TOLERANCE = 2e-14
+
+
+def problem(seed=0):
+    rng = np.random.default_rng(seed)
+    start = [rng.standard_normal(shape) for shape in SHAPES]
+    return start, [[rng.standard_normal(shape) * 10.0 ** rng.uniform(-2, 1) for shape in SHAPES] for _ in range(STEPS)]
+
+
+def ours(rule, convention, settings, start, grads):
+    params = [p.copy() for p in start]
+    opt = getattr(fs, rule)(params, convention=convention, **settings)
+    for g in grads:
+        opt.step(g)
+    return params
+
+
+def compare(rule, convention, settings, theirs):
+    start, grads = problem()
+    found = ours(rule, convention, settings, start, grads)
+    for a, b in zip(found, theirs([p.copy() for p in start], grads)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max())
+
+
+# ---- Keras --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keras():
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # in NumPy it computes in float32
+    with jax.enable_x64(True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        keras = pytest.importorskip("keras")
+        keras.config.set_floatx("float64")
+        yield keras
+        keras.config.set_floatx("float32")
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "name", "theirs"),
+    [
+        ("SGD", {}, "SGD", {}),
+        ("SGD", {"momentum": 0.9}, "SGD", {"momentum": 0.9}),
+        ("SGD", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, "SGD",
+         {"learning_rate": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+        ("Adagrad", {}, "Adagrad", {}),
+        ("Adadelta", {}, "Adadelta", {}),
+        ("RMSprop", {}, "RMSprop", {}),
+        ("RMSprop", {"momentum": 0.9}, "RMSprop", {"momentum": 0.9}),
+        ("RMSprop", {"centered": True, "momentum": 0.5, "eps": 1e-3}, "RMSprop",
+         {"centered": True, "momentum": 0.5, "epsilon": 1e-3}),
+        ("Adam", {}, "Adam", {}),
+        ("Adam", {"eps": 0.1, "amsgrad": True}, "Adam", {"epsilon": 0.1, "amsgrad": True}),
+        ("AdamW", {}, "AdamW", {}),
+        ("Adam", {"clip_norm": 0.5}, "Adam", {"global_clipnorm": 0.5}),
+        ("Adam", {"clip_norm_per_array": 0.5}, "Adam", {"clipnorm": 0.5}),
+        ("Adam", {"clip_value": 0.1}, "Adam", {"clipvalue": 0.1}),
+    ],
+)  # fmt: skip
+def test_keras(keras, rule, settings, name, theirs):
+    def with_keras(params, grads):
+        variables = [keras.Variable(p, dtype="float64") for p in params]
+        opt = getattr(keras.optimizers, name)(**theirs)
+        opt.build(variables)
+        for g in grads:
+            opt.apply([np.asarray(x) for x in g], variables)
+        return [keras.ops.convert_to_numpy(v) for v in variables]
+
+    compare(rule, "keras", settings, with_keras)
+
+
+KERAS_NAMES = {"lr": "learning_rate", "eps": "epsilon", "alpha": "rho"}
+
+
+@pytest.mark.parametrize("rule", [name for name, own in fs.conventions().items() if "keras" in own])
+def test_defaults_of_keras(keras, rule):
+    theirs = {name: p.default for name, p in inspect.signature(getattr(keras.optimizers, rule)).parameters.items()}
+    opt = getattr(fs, rule)(np.zeros(2), convention="keras")
+    for name, value in opt.param_groups[0].items():
+        their_name = KERAS_NAMES.get(name, name)
+        if their_name in theirs:
+            assert value == (theirs[their_name] or 0), name
+    if "betas" in opt.param_groups[0]:
+        assert opt.param_groups[0]["betas"] == (theirs["beta_1"], theirs["beta_2"])
+
+
+# ---- optax --------------------------------------------------------------------------------------------------------------
+
+
+OPTAX = [
+    ("SGD", {"lr": 0.1}, lambda: optax.sgd(0.1)),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, lambda: optax.sgd(0.1, momentum=0.9, nesterov=True)),
+    ("Adagrad", {"lr": 0.1}, lambda: optax.adagrad(0.1)),
+    ("Adadelta", {"lr": 0.5}, lambda: optax.adadelta(0.5)),
+    ("RMSprop", {"lr": 0.01}, lambda: optax.rmsprop(0.01)),
+    ("RMSprop", {"lr": 0.01, "momentum": 0.9, "eps": 1e-3}, lambda: optax.rmsprop(0.01, momentum=0.9, eps=1e-3)),
+    ("RMSprop", {"lr": 0.01, "centered": True, "eps": 1e-3}, lambda: optax.rmsprop(0.01, centered=True, eps=1e-3)),
+    ("Adam", {"lr": 0.01, "eps": 0.1}, lambda: optax.adam(0.01, eps=0.1)),
+    ("Adam", {"lr": 0.01, "amsgrad": True}, lambda: optax.amsgrad(0.01)),
+    ("AdamW", {"lr": 0.01}, lambda: optax.adamw(0.01)),
+    ("SGD", {"lr": 0.1, "clip_norm": 0.5}, lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))),
+]
+
+
+@pytest.mark.parametrize(("rule", "settings", "make"), OPTAX)
+def test_optax(rule, settings, make):
+    def with_optax(params, grads):
+        opt = make()
+        state = opt.init(params)
+        for g in grads:
+            updates, state = opt.update([jax.numpy.asarray(x) for x in g], state, params)
+            params = optax.apply_updates(params, updates)
+        return [np.asarray(p) for p in params]
+
+    with jax.enable_x64(True):
+        compare(rule, "optax", settings, with_optax)
+
+
+# ---- scikit-learn -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "name", "theirs"),
+    [
+        ("SGD", {}, "SGDOptimizer", {}),
+        ("SGD", {"nesterov": False, "lr": 0.01}, "SGDOptimizer", {"nesterov": False, "learning_rate_init": 0.01}),
+        ("Adam", {}, "AdamOptimizer", {}),
+        ("Adam", {"eps": 0.1, "betas": (0.8, 0.9)}, "AdamOptimizer", {"epsilon": 0.1, "beta_1": 0.8, "beta_2": 0.9}),
+    ],
+)
+def test_sklearn(rule, settings, name, theirs):
+    solvers = pytest.importorskip("sklearn.neural_network._stochastic_optimizers")
+
+    def with_sklearn(params, grads):
+        opt = getattr(solvers, name)(params, **theirs)
+        for g in grads:
+            opt.update_params(params, g)
+        return params
+
+    # 0-d arrays are no parameters there: `+=` rebinds them.
+    start, grads = problem()
+    start, grads = start[:2], [g[:2] for g in grads]
+    found = ours(rule, "sklearn", settings, start, grads)
+    for a, b in zip(found, with_sklearn([p.copy() for p in start], grads)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max())
+
+
+# ---- Thinc and TensorFlow: their equations; Thinc itself where it is installed ------------------------------------------
+
+
+def thinc(kind, lr, L2=0.0, grad_clip=1.0, beta1=0.9, beta2=0.999, eps=1e-8):
+    """As in thinc.optimizers.Optimizer."""
+
+    def steps(params, grads):
+        m, v = [np.zeros_like(p) for p in params], [np.zeros_like(p) for p in params]
+        for t, gradients in enumerate(grads, 1):
+            for i, g in enumerate(gradients):
+                norm = np.sqrt((np.asarray(g) ** 2).sum())
+                if norm >= grad_clip:
+                    g = g * (grad_clip / norm)
+                if kind == "Adam":
+                    m[i] = m[i] * beta1 + g * (1 - beta1)
+                    v[i] = v[i] * beta2 + g * g * (1 - beta2)
+                    alpha = lr * np.sqrt(1 - beta2**t) / (1 - beta1**t)
+                    params[i] = params[i] - alpha * m[i] / (np.sqrt(v[i]) + eps)
+                else:
+                    params[i] = params[i] - lr * g
+                params[i] = params[i] - lr * L2 * params[i]
+        return params
+
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "kwargs"),
+    [
+        ("SGD", {"lr": 0.1}, {"lr": 0.1}),
+        ("SGD", {"lr": 0.1, "weight_decay": 0.2}, {"lr": 0.1, "L2": 0.2}),
+        ("Adam", {}, {"lr": 1e-3}),
+        ("Adam", {"lr": 0.01, "weight_decay": 0.1, "eps": 0.01}, {"lr": 0.01, "L2": 0.1, "eps": 0.01}),
+    ],
+)
+def test_thinc(rule, settings, kwargs):
+    compare(rule, "thinc", settings, thinc(rule, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("rule", "kwargs"), [("SGD", {"lr": 0.1, "L2": 0.2}), ("Adam", {"lr": 0.01, "L2": 0.1, "eps": 0.01})]
+)
+def test_these_are_thincs_equations(rule, kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        library = pytest.importorskip("thinc.optimizers")
+    theirs = {key: value for key, value in kwargs.items() if key != "lr"}
+    opt = getattr(library, rule)(kwargs["lr"], **theirs, use_averages=False)
+    start, grads = problem()
+    params = [p.astype(np.float32).copy() for p in start[:2]]
+    for gradients in grads:
+        for i in range(2):
+            params[i], _ = opt((i, "w"), params[i], gradients[i].astype(np.float32).copy())
+    wanted = thinc(rule, **kwargs)([p.copy() for p in start[:2]], [g[:2] for g in grads])
+    for a, b in zip(params, wanted):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # it computes in float32
+
+
+def tensorflow(kind, lr, momentum=0.0, rho=0.9, eps=1e-7, beta1=0.9, beta2=0.999, start=0.1):
+    """As in the kernels of training_ops.cc and the legacy classes of tf.keras that call them."""
+
+    def steps(params, grads):
+        a, b = [np.zeros_like(p) for p in params], [np.zeros_like(p) for p in params]
+        if kind == "Adagrad":
+            a = [np.full_like(p, start) for p in params]
+        for t, gradients in enumerate(grads, 1):
+            for i, g in enumerate(gradients):
+                if kind == "SGD":  # ApplyKerasMomentum
+                    a[i] = momentum * a[i] - lr * g
+                    params[i] = params[i] + a[i]
+                elif kind == "Adagrad":  # ApplyAdagradV2
+                    a[i] = a[i] + g * g
+                    params[i] = params[i] - lr * g / (np.sqrt(a[i]) + eps)
+                elif kind == "RMSprop" and momentum:  # ApplyRMSProp
+                    a[i] = a[i] + (g * g - a[i]) * (1 - rho)
+                    b[i] = momentum * b[i] + lr * g / np.sqrt(a[i] + eps)
+                    params[i] = params[i] - b[i]
+                elif kind == "RMSprop":  # in Python, without momentum
+                    a[i] = rho * a[i] + (1 - rho) * g * g
+                    params[i] = params[i] - lr * g / (np.sqrt(a[i]) + eps)
+                else:  # ApplyAdam
+                    a[i] = a[i] + (g - a[i]) * (1 - beta1)
+                    b[i] = b[i] + (g * g - b[i]) * (1 - beta2)
+                    alpha = lr * np.sqrt(1 - beta2**t) / (1 - beta1**t)
+                    params[i] = params[i] - a[i] * alpha / (np.sqrt(b[i]) + eps)
+        return params
+
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "kwargs"),
+    [
+        ("SGD", {"momentum": 0.9}, {"lr": 0.01, "momentum": 0.9}),
+        ("Adagrad", {}, {"lr": 1e-3}),
+        ("RMSprop", {"eps": 0.01}, {"lr": 1e-3, "eps": 0.01}),
+        ("RMSprop", {"momentum": 0.9, "eps": 0.01}, {"lr": 1e-3, "momentum": 0.9, "eps": 0.01}),
+        ("Adam", {}, {"lr": 1e-3}),
+    ],
+)
+def test_tf(rule, settings, kwargs):
+    compare(rule, "tf", settings, tensorflow(rule, **kwargs))
+
+
+# ---- What all have in common --------------------------------------------------------------------------------------------
+
+CONVENTIONS = [
+    (entry, convention, {name: 0.01 for name, value in own.items() if value == "to be given"})
+    for entry in database.ENTRIES
+    for convention, own in fs.conventions()[entry.optimizer.__name__].items()
+]
+
+
+@pytest.mark.parametrize(("entry", "convention", "required"), CONVENTIONS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bits(entry, convention, required, dtype, level):
+    """Of every rule in every convention, with each of its settings that the convention takes."""
+    start, grads = problem()
+    start, grads = [p.astype(dtype) for p in start], [[np.asarray(x).astype(dtype) for x in g] for g in grads[:5]]
+    n_taken = 0
+    for settings in entry.settings:
+        options = {**required, "clip_norm": 0.5, **settings, "convention": convention}
+        try:
+            entry.optimizer(start, **options)
+        except ValueError:  # see test_refusals
+            continue
+        wanted, _ = run(entry.optimizer, [p.copy() for p in start], grads, **options, backend="reference")
+        found, _ = run(entry.optimizer, [p.copy() for p in start], grads, **options)
+        assert_same_bits(found, wanted)
+        n_taken += 1
+    assert n_taken > 0
+
+
+def test_a_schedule_shows_where_lr_is():
+    """With lr inside the velocity, an lr of 0 does not stop what is under way."""
+    for convention, moves in [("torch", False), ("optax", False), ("keras", True), ("sklearn", True)]:
+        w = np.ones(3)
+        opt = fs.SGD(w, lr=lambda step: 0.1 * (step == 0), momentum=0.5, nesterov=False, convention=convention)
+        opt.step(np.ones(3))
+        before = w.copy()
+        opt.step(np.zeros(3))
+        assert (w != before).all() == moves
+
+
+def test_arguments_given_stay():
+    assert fs.SGD(np.zeros(2), convention="sklearn").param_groups[0]["nesterov"] is True
+    assert fs.SGD(np.zeros(2), nesterov=False, convention="sklearn").param_groups[0]["nesterov"] is False
+    assert fs.Adam(np.zeros(2), 0.5, convention="keras").param_groups[0]["lr"] == 0.5
+    assert fs.AdamW(np.zeros(2), convention="keras", weight_decay=0.5).param_groups[0]["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda w: fs.Adam(w, convention="optax"),
+            TypeError,
+            "lr: expected a number, got none: convention='optax' has no default",
+        ),
+        (
+            lambda w: fs.Adagrad(w, convention="thinc"),
+            ValueError,
+            "convention: expected one of 'torch', 'keras', 'optax', 'tf' for Adagrad, got 'thinc'",
+        ),
+        (
+            lambda w: fs.SGD(w, momentum=0.9, dampening=0.1, convention="keras"),
+            ValueError,
+            "dampening: expected 0 for convention='keras', got 0.1",
+        ),
+        (
+            lambda w: fs.SGD(w, 0.1, momentum=0.9, convention="thinc"),
+            ValueError,
+            "momentum: expected 0 for convention='thinc', got 0.9",
+        ),
+        (
+            lambda w: fs.Adam(w, amsgrad=True, convention="sklearn"),
+            ValueError,
+            "amsgrad: expected False for convention='sklearn', got True",
+        ),
+        (
+            lambda w: fs.kernels.adagrad(w, w.copy(), w.copy(), step=1, convention="thinc"),
+            ValueError,
+            "convention: expected one of 'torch', 'keras', 'optax', 'tf' for Adagrad, got 'thinc'",
+        ),
+    ],
+)
+def test_refusals(make, error, message):
+    with pytest.raises(error) as caught:
+        make(np.ones(2))
+    assert str(caught.value) == message
