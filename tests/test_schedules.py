@@ -363,6 +363,7 @@ PLATEAUS = [
     {},
     dict(patience=0),
     dict(patience=2, cooldown=3, factor=0.5, min_value=0.01),
+    dict(patience=1, threshold=0.2, factor=0.9),
     dict(patience=2, mode="max", threshold=0.1),
     dict(patience=1, threshold=0.05, threshold_mode="abs"),
     dict(patience=1, threshold=0.05, threshold_mode="abs", mode="max", cooldown=1),

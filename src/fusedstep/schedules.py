@@ -742,8 +742,7 @@ def cosine_decay_restarts(
             cycle, length = 0, decay_steps
             while step >= length:
                 cycle, step, length = cycle + 1, step - length, length * t_mul
-        height = (init_value - least) * m_mul**cycle
-        return height * cosine(step / length) + least if step else height + least
+        return (init_value - least) * m_mul**cycle * cosine(step / length) + least
 
     return at
 
