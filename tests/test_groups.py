@@ -51,6 +51,11 @@ def test_groups():
     assert [group["weight_decay"] for group in opt.param_groups] == [0.25, 0.25, 0.0, 0.0, 0.25, 0.0]
 
 
+def test_patterns_tell_cases_apart():
+    groups = fs.group({"w": np.ones(2), "W": np.ones(2)}, {"w": {"lr": 0.5}})
+    assert [(list(group["params"]), group.get("lr")) for group in groups] == [(["w"], 0.5), (["W"], None)]
+
+
 def test_the_last_pattern_wins_and_patterns_win_over_no_decay():
     a, b = ({"weight_decay": 0.5}, {"weight_decay": 0.25})
     assert [g["weight_decay"] for g in fs.group([np.ones(2)], {"0": a, "*": b}, no_decay_on_1d=True)] == [0.25]
@@ -178,10 +183,20 @@ def test_arrays_left_out_do_not_change(backend):
 def test_parts_left_out_of_sequences_have_a_place(backend):
     params = [np.ones(2), [np.ones(2), np.ones(2)], np.ones(2)]
     opt = fs.SGD(fs.group(params, {"0": None, "1.*": None}), lr=1.0, backend=backend)
-    for first, second in ((None, None), (np.ones(5), "no array"), ({}, {})):
+    for first, second in ((None, None), (np.full(2, 9.0), [np.full(2, 9.0)] * 2), (np.ones(5), "no array"), ({}, {})):
         for _ in range(2):
             opt.step([first, second, np.ones(2)])
-    assert [array.tolist() for array in (params[0], *params[1], params[2])] == [[1, 1], [1, 1], [1, 1], [-5, -5]]
+    assert [array.tolist() for array in (params[0], *params[1], params[2])] == [[1, 1], [1, 1], [1, 1], [-7, -7]]
+
+
+def test_empty_parts_are_not_left_out():
+    w, x = np.ones(2), np.ones(2)
+    opt = fs.SGD(fs.group({"w": w, "relu": {}, "x": x}, {"x": None}), lr=1.0)
+    for grads in ({"w": np.ones(2)}, {"w": np.ones(2), "x": np.ones(2)}):
+        with pytest.raises(ValueError, match=r"^grads\['relu'\]: expected a gradient, got none$"):
+            opt.step(grads)
+    opt.step({"w": np.ones(2), "relu": {}})
+    assert (w.tolist(), x.tolist()) == ([0, 0], [1, 1])
 
 
 def test_their_gradients_are_not_cleared():
