@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint, load, save
 from .clipping import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
 from .config import show_config
 from .errors import NonFiniteGradientError
+from .groups import group, layer_decay
 from .optimizer import Optimizer, StepReport
 from .rules import *  # noqa: F403
 from .rules import conventions
@@ -39,7 +40,9 @@ __all__ = [
     "conventions",
     "get_num_threads",
     "global_norm",
+    "group",
     "kernels",
+    "layer_decay",
     "load",
     "reference",
     "save",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from . import check
 from .bench import command as bench
 from .config import show_config
-from .demo import train
+from .demo import schedules, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_arguments(train_parser)
     bench_parser = commands.add_parser("bench", help="time steps beside those of the other libraries installed here")
     bench.add_arguments(bench_parser)
+    schedules_parser = commands.add_parser("schedules", help="values and a picture of every schedule of hyper-parameters")
+    schedules.add_arguments(schedules_parser)
     args = parser.parse_args(arguments)
     try:
         if args.command == "info":
@@ -31,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return check.main(args.thorough)
         if args.command == "bench":
             return bench.main(args)
+        if args.command == "schedules":
+            return schedules.main(args)
         return train.main(args)
     except RuntimeError as error:  # no compiled kernels
         print(f"fusedstep: {error}", file=sys.stderr)

@@ -212,16 +212,28 @@ class Structure:
             self.names = [name for part in self.parts.values() for name in part.names]
             self.leaves = [leaf for part in self.parts.values() for leaf in part.leaves]
         self.first_index = first_index
+        self.is_left_out = False
+
+    def leave_out(self, names: set[str]) -> None:
+        """Have no gradients for these leaves: what is in their place, if anything, is not looked at."""
+        self.is_left_out = bool(self.names) and names.issuperset(self.names)
+        for part in (self.parts or {}).values():
+            part.leave_out(names)
 
     def spec(self) -> Any:
-        """The same as a tree of dictionaries and lists, with None for leaves."""
+        """The same as a tree of dictionaries and lists, with None for leaves; what is left out is not there, or empty."""
+        if self.is_left_out:
+            return {}
         if self.parts is None:
             return None
-        parts = {key: part.spec() for key, part in self.parts.items()}
-        return parts if self.is_mapping else list(parts.values())
+        if self.is_mapping:
+            return {key: part.spec() for key, part in self.parts.items() if not part.is_left_out}
+        return [part.spec() for part in self.parts.values()]
 
     def collect(self, tree: Any) -> list[Any]:
         """The leaves of a tree with this structure, in this order."""
+        if self.is_left_out:
+            return []
         if self.parts is None:
             return [tree]
         label = f"grads[{self.path!r}]" if self.path else "grads"
@@ -232,10 +244,16 @@ class Structure:
         if not self.is_mapping and len(given) != len(self.parts):
             raise ValueError(f"{label}: expected {len(self.parts)} arrays, got {len(given)}")
         prefix = f"{self.path}." if self.path else ""
-        for key in self.parts:
-            if key not in given:
+        for key, part in self.parts.items():
+            if key not in given and not part.is_left_out:
                 raise ValueError(f"grads[{prefix + key!r}]: expected a gradient, got none")
         for key in given:
             if key not in self.parts:
                 raise ValueError(f"grads[{prefix + key!r}]: expected a parameter's name, got a name that none has")
-        return [leaf for key, part in self.parts.items() for leaf in part.collect(given[key])]
+        return [leaf for key, part in self.parts.items() for leaf in part.collect(given.get(key))]
+
+
+def check_names(names: Iterable[str]) -> None:
+    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"params[{repeated[0]!r}]: expected names of their own, got one name twice")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Union
 
@@ -75,16 +76,32 @@ CHOICES = {
 }
 
 
-def number(value: Any, label: str, wanted: str, accept: Callable[[float], bool]) -> float:
+def as_float(value: Any, label: str, wanted: str) -> float:
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
         raise TypeError(f"{label}: expected {wanted}, got {value!r}")
     try:
-        result = float(value)
+        return float(value)
     except (TypeError, ValueError, OverflowError):  # an array of several numbers, for example
         raise TypeError(f"{label}: expected {wanted}, got {value!r}") from None
+
+
+def number(value: Any, label: str, wanted: str, accept: Callable[[float], bool]) -> float:
+    result = as_float(value, label, wanted)
     if not (math.isfinite(result) and accept(result)):
         raise ValueError(f"{label}: expected {wanted}, got {value!r}")
     return result
+
+
+def whole_number(value: Any, label: str, least: int) -> int:
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None or isinstance(value, bool):
+        raise TypeError(f"{label}: expected a whole number, got {value!r}")
+    if whole < least:
+        raise ValueError(f"{label}: expected at least {least}, got {value}")
+    return whole
 
 
 def at_least_0(value: Any, label: str) -> float:
@@ -189,11 +206,14 @@ def check_only(name: str, values: Mapping[str, Any], wanted: Any, *conventions: 
         raise ValueError(f"{name}: expected {wanted} for convention={convention!r}, got {values[name]}")
 
 
-def choice(name: str, value: Any, label: str | None = None) -> Any:
-    if value not in CHOICES[name]:
-        listed = ", ".join(repr(choice) for choice in CHOICES[name])
-        raise ValueError(f"{label or name}: expected one of {listed}, got {value!r}")
+def one_of(value: Any, choices: tuple[Any, ...], label: str) -> Any:
+    if value not in choices:
+        raise ValueError(f"{label}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def choice(name: str, value: Any, label: str | None = None) -> Any:
+    return one_of(value, CHOICES[name], label or name)
 
 
 def check_seed(value: Any, label: str = "seed") -> None:
@@ -204,7 +224,4 @@ def check_seed(value: Any, label: str = "seed") -> None:
 
 
 def check_num_threads(value: Any, label: str = "num_threads") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{label}: expected a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{label}: expected at least 1, got {value}")
+    whole_number(value, label, 1)

@@ -19,6 +19,7 @@ from . import _arrays, _backends, _hyper, reference, state
 from ._arrays import Change, assign
 from ._hyper import Hyper
 from .errors import NonFiniteGradientError
+from .groups import Groups, is_groups
 from .state import AVERAGE, RESIDUALS, Kernel, Need, Operands
 from .telemetry import Stats
 
@@ -55,7 +56,8 @@ class Optimizer:
     ----------
     params : array, sequence or mapping of arrays (nested too), or sequence of groups
         Changed in place by :meth:`step`. Writeable arrays of float32, float64, float16 or bfloat16, of any layout, that do
-        not share memory. A group is a dict with the key ``"params"`` and any hyper-parameters of its own.
+        not share memory. A group is a dict with the key ``"params"`` and any hyper-parameters of its own;
+        :func:`fusedstep.group` makes groups by patterns of names.
     weight_decay : float
         Adds ``weight_decay * param`` to the gradient (L2 regularisation).
     decoupled_weight_decay : bool
@@ -208,14 +210,20 @@ class Optimizer:
         self._group_defaults = {k: v for k, v in defaults.items() if k not in _hyper.GLOBAL_OPTIONS}
         for group in list(params) if self._is_grouped else [{"params": params}]:
             self._add_group(group)
-        self._names = [name for group in self.param_groups for name in group["names"]]
-        self._params = [array for group in self.param_groups for array in group["params"]]
-        self._group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
-        specs = [structure.spec() for structure in self._structures]
-        self._spec = specs if self._is_grouped else specs[0]
-        repeated = [name for name, count in Counter(self._names).items() if count > 1]
-        if repeated:
-            raise ValueError(f"params[{repeated[0]!r}]: expected names of their own, got one name twice")
+        groups = enumerate(self.param_groups)
+        members = [(name, array, i) for i, group in groups for name, array in zip(group["names"], group["params"])]
+        # Gradients come as one tree, whose order arrays then have, or as a list with one for each group.
+        self._tree = None if self._is_grouped else self._structures[0]
+        if isinstance(params, Groups):
+            self._tree = params.structure
+            place = {name: i for i, name in enumerate(params.structure.names)}
+            members.sort(key=lambda member: place[member[0]])
+        trees = [structure.spec() for structure in self._structures]
+        self._spec = trees if self._tree is None else self._tree.spec()
+        self._names = [name for name, _, _ in members]
+        self._params = [array for _, array, _ in members]
+        self._group_of = [i for _, _, i in members]
+        _arrays.check_names(self._names)
         _arrays.check_overlaps(self._labelled("params", self._params))
         for label, array in self._labelled("params", self._params):
             if self.low_precision == "split" and array.dtype == np.float16:
@@ -488,13 +496,12 @@ class Optimizer:
 
     def _collected(self, grads: Any) -> list[Any]:
         """The gradients of a tree that has the structure of the parameters, in their order."""
-        if self._is_grouped:
-            grads = [grads] if isinstance(grads, Mapping) else list(grads)
-            if len(grads) != len(self._structures):
-                raise ValueError(f"grads: expected {len(self._structures)} groups, got {len(grads)}")
-            parts = [g["params"] if isinstance(g, Mapping) and set(g) == {"params"} else g for g in grads]
-        else:
-            parts = [grads]
+        if self._tree is not None:
+            return self._tree.collect(grads)
+        grads = [grads] if isinstance(grads, Mapping) else list(grads)
+        if len(grads) != len(self._structures):
+            raise ValueError(f"grads: expected {len(self._structures)} groups, got {len(grads)}")
+        parts = [g["params"] if isinstance(g, Mapping) and set(g) == {"params"} else g for g in grads]
         return [leaf for structure, part in zip(self._structures, parts) for leaf in structure.collect(part)]
 
     def _bind_arrays(self, plan: Any, grads: list[Any]) -> None:
@@ -729,15 +736,6 @@ def with_defaults_of_convention(init: Any) -> Any:
         init(self, *args, **kwargs)
 
     return wrapped
-
-
-def is_groups(params: Any) -> bool:
-    """Whether `params` is a sequence of groups."""
-    return (
-        isinstance(params, (list, tuple))
-        and len(params) > 0
-        and all(isinstance(item, Mapping) and "params" in item for item in params)
-    )
 
 
 def has_callable(value: Any) -> bool:

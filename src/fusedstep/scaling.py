@@ -63,11 +63,7 @@ class DynamicLossScaler:
         self.scale = _hyper.grad_scale(init_scale, "init_scale")
         self.growth_factor = _hyper.number(growth_factor, "growth_factor", "a finite number > 1", lambda x: x > 1)
         self.backoff_factor = _hyper.number(backoff_factor, "backoff_factor", "a number in (0, 1)", lambda x: 0 < x < 1)
-        if isinstance(growth_interval, bool) or not isinstance(growth_interval, int):
-            raise TypeError(f"growth_interval: expected a whole number, got {growth_interval!r}")
-        if growth_interval < 1:
-            raise ValueError(f"growth_interval: expected at least 1, got {growth_interval}")
-        self.growth_interval = growth_interval
+        self.growth_interval = _hyper.whole_number(growth_interval, "growth_interval", 1)
         self._good_steps = 0  # since the scale last changed
 
     def step(self, opt: Optimizer, grads: Any = None, *, grad_scale: float = 1.0, zero_grads: bool = False) -> StepReport:

@@ -14,7 +14,8 @@ def main(folder: str) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     files = {name for name in names if "." in Path(name).name or name.endswith(("LICENSE", "Makefile"))}
-    for pattern in ("csrc/**/*.[chd]*", "csrc/**/*.inc", "csrc/Makefile", "src/**/*.py*", "tests/**/*.py", "bench/*.py"):
+    sources = ("csrc/**/*.[chd]*", "csrc/**/*.inc", "csrc/Makefile", "src/**/*.py*", "tests/**/*.py", "bench/*.py", "docs/*")
+    for pattern in sources:
         for path in ROOT.glob(pattern):
             name = path.relative_to(ROOT).as_posix()
             if path.is_file() and not any(part in name for part in ("__pycache__", ".egg-info", "csrc/build")):
