@@ -422,3 +422,30 @@ void fs_rule_prepare(int rule, const double *hyper, double step, double *coefs)
 #undef FS_RULE
     }
 }
+
+#define FS_RULE(name, family, n_states)
+
+bool fs_rule_is_scaled(int rule)
+{
+    return fs_rule_direction(rule) != rule;
+}
+
+int fs_rule_direction(int rule)
+{
+    switch (rule) {
+#define FS_SCALED_RULE(name, family, n_states) case FS_RULE_##name: return FS_RULE_##name##_direction;
+#include "rules.def"
+    default: return rule;
+    }
+}
+
+void fs_rule_scale(int rule, const double *hyper, double param_norm, double direction_norm, double *coefs)
+{
+    switch (rule) {
+#define FS_SCALED_RULE(name, family, n_states)                                                                   \
+    case FS_RULE_##name:                                                                                         \
+        family##_scale((const family##_hyper *)hyper, param_norm, direction_norm, (family##_coefs *)coefs);      \
+        break;
+#include "rules.def"
+    }
+}

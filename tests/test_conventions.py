@@ -72,6 +72,12 @@ def keras():
         ("Adam", {}, "Adam", {}),
         ("Adam", {"eps": 0.1, "amsgrad": True}, "Adam", {"epsilon": 0.1, "amsgrad": True}),
         ("AdamW", {}, "AdamW", {}),
+        ("NAdam", {}, "Nadam", {}),
+        ("NAdam", {"lr": 0.1, "betas": (0.5, 0.75), "eps": 0.01}, "Nadam",
+         {"learning_rate": 0.1, "beta_1": 0.5, "beta_2": 0.75, "epsilon": 0.01}),
+        ("LAMB", {}, "Lamb", {}),
+        ("LAMB", {"lr": 0.1, "weight_decay": 0.1, "eps": 0.01}, "Lamb",
+         {"learning_rate": 0.1, "weight_decay": 0.1, "epsilon": 0.01}),
         ("Adam", {"clip_norm": 0.5}, "Adam", {"global_clipnorm": 0.5}),
         ("Adam", {"clip_norm_per_array": 0.5}, "Adam", {"clipnorm": 0.5}),
         ("Adam", {"clip_value": 0.1}, "Adam", {"clipvalue": 0.1}),
@@ -89,12 +95,16 @@ def test_keras(keras, rule, settings, name, theirs):
     compare(rule, "keras", settings, with_keras)
 
 
+KERAS_CLASSES = {"NAdam": "Nadam", "LAMB": "Lamb"}
 KERAS_NAMES = {"lr": "learning_rate", "eps": "epsilon", "alpha": "rho"}
 
 
 @pytest.mark.parametrize("rule", [name for name, own in fs.conventions().items() if "keras" in own])
 def test_defaults_of_keras(keras, rule):
-    theirs = {name: p.default for name, p in inspect.signature(getattr(keras.optimizers, rule)).parameters.items()}
+    theirs = {
+        name: p.default
+        for name, p in inspect.signature(getattr(keras.optimizers, KERAS_CLASSES.get(rule, rule))).parameters.items()
+    }
     opt = getattr(fs, rule)(np.zeros(2), convention="keras")
     for name, value in opt.param_groups[0].items():
         their_name = KERAS_NAMES.get(name, name)
@@ -118,6 +128,15 @@ OPTAX = [
     ("Adam", {"lr": 0.01, "eps": 0.1}, lambda: optax.adam(0.01, eps=0.1)),
     ("Adam", {"lr": 0.01, "amsgrad": True}, lambda: optax.amsgrad(0.01)),
     ("AdamW", {"lr": 0.01}, lambda: optax.adamw(0.01)),
+    ("NAdam", {"lr": 0.01, "betas": (0.5, 0.75), "eps": 0.01}, lambda: optax.nadam(0.01, 0.5, 0.75, 0.01)),
+    ("LAMB", {"lr": 0.1}, lambda: optax.lamb(0.1)),
+    ("LAMB", {"lr": 0.1, "weight_decay": 0.2, "eps": 0.1}, lambda: optax.lamb(0.1, weight_decay=0.2, eps=0.1)),
+    ("LARS", {"lr": 1.0}, lambda: optax.lars(1.0)),
+    (
+        "LARS",
+        {"lr": 0.5, "weight_decay": 0.2, "trust_coefficient": 0.1, "eps": 0.1, "nesterov": True, "momentum": 0.5},
+        lambda: optax.lars(0.5, weight_decay=0.2, trust_coefficient=0.1, eps=0.1, nesterov=True, momentum=0.5),
+    ),
     ("SGD", {"lr": 0.1, "clip_norm": 0.5}, lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))),
 ]
 

@@ -161,6 +161,8 @@ def grad_scale(value: Any, label: str) -> float:
 CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "lr": at_least_0,
     "momentum": at_least_0,
+    "momentum_decay": at_least_0,
+    "trust_coefficient": at_least_0,
     "dampening": finite,
     "nesterov": boolean,
     "lr_decay": at_least_0,

@@ -108,6 +108,27 @@ ENTRIES = [
         train={"adamw": {"lr": 3e-3}},
         torch_name="AdamW",
     ),
+    Entry(
+        rules.NAdam,
+        settings=[{}, {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "momentum_decay": 0.5}],
+        invalid=[({"momentum_decay": -1}, ValueError, "momentum_decay: expected a finite number >= 0, got -1")],
+        train={"nadam": {"lr": 3e-3}},
+        torch_name="NAdam",
+    ),
+    Entry(
+        rules.LAMB,
+        settings=[{}, {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.01}],
+        train={"lamb": {"lr": 0.002}},
+    ),
+    Entry(
+        rules.LARS,
+        settings=[{}, {"lr": 1.0, "trust_coefficient": 0.1, "eps": 1e-3, "weight_decay": 0.01, "nesterov": True}],
+        invalid=[
+            ({"trust_coefficient": -1}, ValueError, "trust_coefficient: expected a finite number >= 0, got -1"),
+            ({"nesterov": 0}, TypeError, "nesterov: expected True or False, got 0"),
+        ],
+        train={"lars": {"lr": 0.1, "trust_coefficient": 0.02}},
+    ),
 ]
 
 # Refused for every rule.

@@ -125,6 +125,8 @@ class Optimizer:
     _rule: ClassVar[Callable[..., None]]
     _option_defaults: ClassVar[dict[str, Any]] = {}
     _non_negative_states: ClassVar[tuple[str, ...]] = ()
+    _is_scaled: ClassVar[bool] = False
+    """Whether steps depend on norms of whole arrays."""
     _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}}
     """Whose equations there are, with the defaults that are not those of the signature; REQUIRED for those to be given."""
 
@@ -300,7 +302,11 @@ class Optimizer:
 
     def _axes(self, param: Array) -> list[int]:
         """The order in which small states and residuals have the elements of a parameter, and statistics add them up."""
-        return list(range(param.ndim)) if self.stats else _arrays.memory_axes(param)
+        return list(range(param.ndim)) if self._in_c_order else _arrays.memory_axes(param)
+
+    @property
+    def _in_c_order(self) -> bool:
+        return self.stats or self._is_scaled
 
     def _specs(self, kernels: list[Kernel]) -> dict[str, dict[str, state.Spec]]:
         """The state arrays of each parameter by name."""
@@ -327,7 +333,7 @@ class Optimizer:
             plan = _backends.core.Plan(self._params, operands, self._group_of, rules, seed, self.stats)
         else:
             rules = [(type(self)._rule, kernel.states) for kernel in kernels]
-            plan = _backends.ReferencePlan(self._params, operands, self._group_of, rules, seed, self.stats)
+            plan = _backends.ReferencePlan(self._params, operands, self._group_of, rules, seed, self.stats, self._in_c_order)
         plan.steps = steps
         if self._plan is not None and self._plan.grads is not None:
             plan.bind(self._plan.grads)

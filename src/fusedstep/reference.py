@@ -12,6 +12,7 @@ Three conventions make equal bits possible:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-__all__ = ["adadelta", "adagrad", "adam", "adamw", "rmsprop", "sgd"]
+__all__ = ["adadelta", "adagrad", "adam", "adamw", "lamb", "lars", "nadam", "rmsprop", "sgd"]
 
 
 class Stages(TypedDict, total=False):
@@ -453,6 +454,113 @@ def adamw(
     stages.setdefault("decoupled_weight_decay", True)
     hyper = dict(lr=lr, betas=betas, eps=eps, convention=convention)
     adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, **hyper, **stages)  # type: ignore[arg-type]
+
+
+def nadam(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    *,
+    step: int,
+    lr: float = 2e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum_decay: float = 4e-3,
+    convention: str = "torch",
+    **stages: Unpack[Stages],
+) -> None:
+    """Adam with Nesterov's momentum; see :class:`fusedstep.NAdam`."""
+    beta1, beta2 = betas
+    with operands(param, grad, exp_avg, exp_avg_sq, lr=lr, **stages) as (p, g, m, v):
+        m += (1 - beta1) * (g - m)
+        v[:] = beta2 * v + (1 - beta2) * g * g
+        if convention == "optax":
+            on_grad = lr * (1 - beta1) / (1 - beta1**step)
+            on_average = lr * beta1 / (1 - beta1 ** (step + 1.0))
+        else:
+            product = nadam_product(step, beta1, momentum_decay)
+            mu, next_mu = (nadam_mu(s, beta1, momentum_decay) for s in (step, step + 1))
+            on_grad = lr * (1 - mu) / (1 - product)
+            on_average = lr * next_mu / (1 - product * next_mu)
+        rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
+        p -= (on_grad * g + on_average * m) / (np.sqrt(v) * rsqrt_correction2 + eps)
+
+
+def nadam_mu(step: int, beta1: float, momentum_decay: float) -> float:
+    """NAdam's momentum at a step."""
+    return float(beta1 * (1 - 0.5 * math.pow(0.96, step * momentum_decay)))
+
+
+@functools.lru_cache(16)
+def nadam_product(step: int, beta1: float, momentum_decay: float) -> float:
+    """That of all steps so far, multiplied one by one."""
+    product = 1.0
+    for s in range(1, step + 1):
+        if product == 0:
+            break
+        product *= nadam_mu(s, beta1, momentum_decay)
+    return product
+
+
+def rule_decay(stages: Stages) -> float:
+    """The weight decay that is part of a rule's direction, taken out of what comes before the rule."""
+    mode = stages.get("decay_mode") or ("decoupled" if stages.get("decoupled_weight_decay") else "coupled")
+    return stages.pop("weight_decay", 0.0) if mode == "coupled" else 0.0
+
+
+def norm(x: Array) -> float:
+    """The root of :func:`sum_squares`."""
+    return math.sqrt(sum_squares(x))
+
+
+def lamb(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    **stages: Unpack[Stages],
+) -> None:
+    """Adam's direction, as long as the parameter is times lr; see :class:`fusedstep.LAMB`."""
+    beta1, beta2 = betas
+    weight_decay = rule_decay(stages)
+    with operands(param, grad, exp_avg, exp_avg_sq, lr=lr, **stages) as (p, g, m, v):
+        m += (1 - beta1) * (g - m)
+        v[:] = beta2 * v + (1 - beta2) * g * g
+        correction1, rsqrt_correction2 = 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+        direction = correction1 * m / (np.sqrt(v) * rsqrt_correction2 + eps) + weight_decay * p
+        param_norm, direction_norm = norm(p), norm(direction)
+        p -= (lr if param_norm == 0 or direction_norm == 0 else lr * (param_norm / direction_norm)) * direction
+
+
+def lars(
+    param: Array,
+    grad: Array,
+    momentum_buffer: Array,
+    *,
+    step: int,
+    lr: float = 1.0,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    trust_coefficient: float = 1e-3,
+    eps: float = 0.0,
+    **stages: Unpack[Stages],
+) -> None:
+    """Momentum's direction, as long as the parameter is times lr; see :class:`fusedstep.LARS`."""
+    weight_decay = rule_decay(stages)
+    with operands(param, grad, momentum_buffer, lr=lr, **stages) as (p, g, b):
+        direction = g + weight_decay * p
+        param_norm, direction_norm = norm(p), norm(direction)
+        ratio = 1.0
+        if param_norm != 0 and direction_norm != 0:
+            ratio = trust_coefficient * param_norm / (direction_norm + eps)
+        b[:] = momentum * b + lr * ratio * direction
+        p -= momentum * b + lr * ratio * direction if nesterov else b
 
 
 # ---- Norms --------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def conventions() -> dict[str, dict[str, dict[str, Any]]]:
     return {name: {own: dict(values) for own, values in globals()[name]._conventions.items()} for name in __all__}
 
 
-__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "RMSprop"]
+__all__ = ["LAMB", "LARS", "SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RMSprop"]
 
 
 class SGD(Optimizer):
@@ -437,3 +437,209 @@ class AdamW(Adam):
         "optax": {"lr": REQUIRED, "weight_decay": 1e-4},
     }
     _option_defaults: ClassVar[dict[str, Any]] = {"weight_decay": 1e-2, "decoupled_weight_decay": True}
+
+
+class NAdam(Optimizer):
+    r"""NAdam: Adam with Nesterov's momentum, which grows over time.
+
+    .. math::
+
+        \mu_t &= \beta_1 \left(1 - \tfrac{1}{2} 0.96^{t \psi}\right) \\
+        p_t &= p_{t-1} - \gamma \left(\frac{1 - \mu_t}{1 - \prod_{i \le t} \mu_i} g_t +
+               \frac{\mu_{t+1}}{1 - \prod_{i \le t + 1} \mu_i} m_t\right) \Big/
+               \left(\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon\right)
+
+    with :math:`m` and :math:`v` as in :class:`Adam`.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
+    eps : float
+        :math:`\epsilon`, outside the corrected root.
+    momentum_decay : float
+        :math:`\psi`; 0.004 in PyTorch, 1 in Keras.
+
+    Notes
+    -----
+    The product is that of the present :math:`\beta_1` for all steps so far. optax has :math:`\beta_1` in place of
+    :math:`\mu_t`.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.NAdam([w], lr=0.5, betas=(0.0, 0.0), eps=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1])])
+    >>> w
+    array([-0.5,  0.5])
+
+    References
+    ----------
+    As ``torch.optim.NAdam``; Dozat, "Incorporating Nesterov Momentum into Adam" (2016).
+    """
+
+    _rule = staticmethod(reference.nadam)
+    _non_negative_states = ("exp_avg_sq",)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"lr": 1e-3, "eps": 1e-7, "momentum_decay": 1.0, "decoupled_weight_decay": True},
+        "optax": {"lr": REQUIRED},
+        "tf": {"lr": 1e-3, "eps": 1e-7},
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 2e-3,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-8,
+        momentum_decay: Hyper = 4e-3,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, momentum_decay=momentum_decay), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+
+class LAMB(Optimizer):
+    r"""LAMB: steps in Adam's direction, as long as the array is times the learning rate; for large batches.
+
+    .. math::
+
+        d_t &= \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon} + \lambda p_{t-1} \\
+        p_t &= p_{t-1} - \gamma \frac{\|p_{t-1}\|}{\|d_t\|} d_t
+
+    with :math:`m` and :math:`v` as in :class:`Adam`; the ratio is 1 where either norm is 0.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options. Each array has its own ratio.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
+    eps : float
+        :math:`\epsilon`, outside the corrected root.
+
+    Notes
+    -----
+    ``weight_decay``, :math:`\lambda`, is part of the direction unless it is decoupled (as in Keras). A step reads
+    everything twice. Gradients are not clipped unless you say so (apex does, to a norm of 1).
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.array([3.0, -4.0])
+    >>> opt = fs.LAMB([w], lr=0.2, eps=0.0)
+    >>> _ = opt.step([np.array([0.1, 0.1])])
+    >>> w
+    array([ 2.29289322, -4.70710678])
+
+    References
+    ----------
+    As ``optax.lamb``; You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes" (2020).
+    """
+
+    _rule = staticmethod(reference.lamb)
+    _non_negative_states = ("exp_avg_sq",)
+    _is_scaled = True
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"eps": 1e-7, "decoupled_weight_decay": True},
+        "optax": {"lr": REQUIRED},
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-6,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+
+class LARS(Optimizer):
+    r"""LARS: momentum with steps as long as the array is times the learning rate; for large batches.
+
+    .. math::
+
+        d_t &= g_t + \lambda p_{t-1} \\
+        b_t &= \mu b_{t-1} + \gamma \frac{\tau \|p_{t-1}\|}{\|d_t\| + \epsilon} d_t \\
+        p_t &= p_{t-1} - b_t
+
+    The ratio is 1 where either norm is 0.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options. Each array has its own ratio.
+    lr : float
+        Learning rate :math:`\gamma`, inside the state ``momentum_buffer``.
+    momentum : float
+        :math:`\mu`.
+    nesterov : bool
+        Step by :math:`\mu b_t` and the last summand of :math:`b_t`.
+    trust_coefficient : float
+        :math:`\tau`.
+    eps : float
+        :math:`\epsilon`, beside the norm of the direction.
+
+    Notes
+    -----
+    ``weight_decay``, :math:`\lambda`, is part of the direction unless it is decoupled. A step reads everything twice.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.array([3.0, -4.0])
+    >>> opt = fs.LARS([w], lr=1.0, trust_coefficient=0.2)
+    >>> _ = opt.step([np.array([0.0, 8.0])])
+    >>> w
+    array([ 3., -5.])
+
+    References
+    ----------
+    As ``optax.lars``; You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks" (2017).
+    """
+
+    _rule = staticmethod(reference.lars)
+    _is_scaled = True
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}, "optax": {"lr": REQUIRED}}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1.0,
+        *,
+        momentum: Hyper = 0.9,
+        nesterov: bool = False,
+        trust_coefficient: Hyper = 1e-3,
+        eps: Hyper = 0.0,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        hyper = dict(lr=lr, momentum=momentum, nesterov=nesterov, trust_coefficient=trust_coefficient, eps=eps)
+        super().__init__(params, hyper, options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",)
+
+    @classmethod
+    def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
+        return "lars_nesterov" if hyper["nesterov"] else "lars"
