@@ -157,15 +157,15 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
-def resolve(name: str, value: Any, step: int, label: str) -> Any:
-    """The value of a hyper-parameter after `step` steps, checked."""
+def resolve(name: str, value: Any, step: int, label: str, length: int | None = None) -> Any:
+    """The value of a hyper-parameter after `step` steps, checked; of one that is `length` numbers, each."""
     if callable(value):
         value = value(step)
-    if name == "betas":
-        if not isinstance(value, (tuple, list)) or len(value) != 2:
-            raise TypeError(f"{label}: expected a pair of numbers, got {value!r}")
-        return tuple(CHECKS[name](v(step) if callable(v) else v, f"{label}[{i}]") for i, v in enumerate(value))
-    return CHECKS[name](value, label)
+    if length is None:
+        return CHECKS[name](value, label)
+    if not isinstance(value, (tuple, list)) or len(value) != length:
+        raise TypeError(f"{label}: expected {'a pair of' if length == 2 else length} numbers, got {value!r}")
+    return tuple(CHECKS[name](v(step) if callable(v) else v, f"{label}[{i}]") for i, v in enumerate(value))
 
 
 def check_choice(name: str, value: Any, label: str | None = None) -> None:

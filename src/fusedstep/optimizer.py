@@ -129,6 +129,7 @@ class Optimizer:
     _rule: ClassVar[Callable[..., None]]
     _option_defaults: ClassVar[dict[str, Any]] = {}
     _non_negative_states: ClassVar[tuple[str, ...]] = ()
+    _lengths: ClassVar[dict[str, int]]  # of the hyper-parameters that are several numbers
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -158,6 +159,7 @@ class Optimizer:
     def __init_subclass__(cls) -> None:
         # Show the common options in help() and in editors.
         own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name not in ("self", "options")]
+        cls._lengths = {p.name: len(p.default) for p in own if isinstance(p.default, tuple)}
         defaults = _hyper.OPTION_DEFAULTS | cls._option_defaults
         options = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in defaults.items()]
         cls.__signature__ = inspect.Signature(own + options)  # type: ignore[attr-defined]
@@ -240,7 +242,10 @@ class Optimizer:
             raw_before, values = self._resolved.get(i, ([None] * len(raw), {}))
             if not values or not all(map(operator.is_, raw, raw_before)):
                 label = f"param_groups[{i}]." if self._is_grouped else ""
-                values = {key: _hyper.resolve(key, group[key], step, label + key) for key in self._group_defaults}
+                values = {
+                    key: _hyper.resolve(key, group[key], step, label + key, self._lengths.get(key))
+                    for key in self._group_defaults
+                }
                 self._check_hyper(values)
                 if all(is_constant(value) for value in raw):
                     self._resolved[i] = raw, values
