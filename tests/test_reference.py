@@ -61,6 +61,12 @@ OPTAX = {
     ),
     "adam": (fs.Adam, dict(lr=0.01), lambda: optax.adam(0.01)),
     "adamw": (fs.AdamW, dict(lr=0.01, weight_decay=0.1), lambda: optax.adamw(0.01, weight_decay=0.1)),
+    "adamax": (fs.Adamax, dict(lr=0.01), lambda: optax.adamax(0.01)),
+    "radam": (
+        fs.RAdam,  # optax has eps beside the corrected root: compare without
+        dict(lr=0.01, betas=(0.9, 0.99), eps=0.0),
+        lambda: optax.radam(0.01, b2=0.99, eps=0.0),
+    ),
     "clip_norm": (
         fs.SGD,
         dict(lr=0.1, clip_value=0.3),
@@ -179,6 +185,55 @@ def test_worked_values():
     p = np.array([0.0])
     fs.RMSprop([p], lr=1.0, alpha=0.75, eps=0.0, backend="reference").step([np.array([-6.0])])
     assert p[0] == 2.0
+
+
+# The rules as their sources have them, in plain floats, for one element: the changes they make, one for each gradient.
+
+
+def plain_adamax(gradients, lr, beta1, beta2, eps):
+    m = u = 0.0
+    for t, g in enumerate(gradients, 1):
+        m = beta1 * m + (1 - beta1) * g
+        u = max(beta2 * u, abs(g) + eps)
+        yield -lr * m / ((1 - beta1**t) * u)
+
+
+def plain_radam(gradients, lr, beta1, beta2, eps):
+    m = v = 0.0
+    longest = 2 / (1 - beta2) - 1
+    for t, g in enumerate(gradients, 1):
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        corrected = m / (1 - beta1**t)
+        length = longest - 2 * t * beta2**t / (1 - beta2**t)
+        if length > 5:
+            adaptive = math.sqrt(1 - beta2**t) / (math.sqrt(v) + eps)
+            r = math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
+            yield -lr * corrected * r * adaptive
+        else:
+            yield -lr * corrected
+
+
+PLAIN = [
+    (fs.Adamax, dict(lr=0.1, betas=(0.5, 0.75), eps=1e-3), plain_adamax),
+    (fs.RAdam, dict(lr=0.1, betas=(0.5, 0.9), eps=1e-3), plain_radam),
+]
+
+
+def flat(values):
+    """The numbers in these hyper-parameters."""
+    return [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
+
+
+@pytest.mark.parametrize(("optimizer", "settings", "plain"), PLAIN, ids=setting_id)
+def test_against_plain_floats(optimizer, settings, plain, rng):
+    gradients = rng.standard_normal(STEPS).tolist()
+    p, wanted = np.zeros(1), 0.0
+    opt = optimizer([p], **settings, backend="reference")
+    for g, change in zip(gradients, plain(gradients, *flat(settings.values()))):
+        opt.step([np.array([g])])
+        wanted += change
+        assert p[0] == pytest.approx(wanted, rel=1e-12)
 
 
 def test_amsgrad_keeps_the_maximum():

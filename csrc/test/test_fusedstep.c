@@ -136,6 +136,22 @@ static void textbook_amsgrad(wide *p, wide g, wide *s, const double *h, int t)
     *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[2], h[2], t)) + h[3]);
 }
 
+static void textbook_adamax(wide *p, wide g, wide *s, const double *h, int t)
+{
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] = fmaxl(h[2] * s[1], fabsl(g) + h[3]);
+    *p -= h[0] * corrected(s[0], h[1], t) / s[1];
+}
+
+static void textbook_radam(wide *p, wide g, wide *s, const double *h, int t)
+{
+    const wide rho = 2 / (1 - (wide)h[2]) - 1, power = powl(h[2], t), rho_t = rho - 2 * t * power / (1 - power);
+    const wide r = sqrtl((rho_t - 4) * (rho_t - 2) * rho / ((rho - 4) * (rho - 2) * rho_t));
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
+    *p -= h[0] * corrected(s[0], h[1], t) * (rho_t > 5 ? r * sqrtl(1 - power) / (sqrtl(s[1]) + h[3]) : 1);
+}
+
 static void test_textbook(void)
 {
     static const struct {
@@ -154,6 +170,8 @@ static void test_textbook(void)
         {"rmsprop_centered_momentum", "lr alpha eps momentum", {0.01, 0.99, 1e-8, 0.9}, textbook_rmsprop_centered_momentum},
         {"adam", "lr beta1 beta2 eps", {0.01, 0.9, 0.999, 1e-3}, textbook_adam},
         {"adam_amsgrad", "lr beta1 beta2 eps", {0.01, 0.8, 0.5, 1e-3}, textbook_amsgrad},
+        {"adamax", "lr beta1 beta2 eps", {0.01, 0.9, 0.5, 1e-3}, textbook_adamax},
+        {"radam", "lr beta1 beta2 eps", {0.01, 0.9, 0.9, 1e-3}, textbook_radam},
     };
     static const double tolerance[] = {[FS_FLOAT32] = 1e-5, [FS_FLOAT64] = 1e-12};
     enum { SIZE = 200, STEPS = 20 };

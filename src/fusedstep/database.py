@@ -106,6 +106,20 @@ ENTRIES = [
         train={"adamw": {"lr": 3e-3}},
         torch_name="AdamW",
     ),
+    Entry(
+        rules.Adamax,
+        settings=[{}, {"lr": 0.01, "betas": (0.8, 0.5), "eps": 1e-3}],
+        invalid=[({"betas": (-0.5, 0.9)}, ValueError, "betas[0]: expected a number in [0, 1), got -0.5")],
+        train={"adamax": {"lr": 5e-3}},
+        torch_name="Adamax",
+    ),
+    Entry(
+        rules.RAdam,
+        settings=[{}, {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6}],
+        invalid=[({"betas": (0.9, 1.0)}, ValueError, "betas[1]: expected a number in [0, 1), got 1.0")],
+        train={"radam": {"lr": 3e-3}},
+        torch_name="RAdam",
+    ),
 ]
 
 # Refused for every rule.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-__all__ = ["adadelta", "adagrad", "adam", "adamw", "rmsprop", "sgd"]
+__all__ = ["adadelta", "adagrad", "adam", "adamax", "adamw", "radam", "rmsprop", "sgd"]
 
 
 class Stages(TypedDict, total=False):
@@ -376,6 +376,55 @@ def adamw(
     stages.setdefault("weight_decay", 1e-2)
     stages.setdefault("decoupled_weight_decay", True)
     adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, lr=lr, betas=betas, eps=eps, **stages)
+
+
+def adamax(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_inf: Array,
+    *,
+    step: int,
+    lr: float = 2e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    **stages: Unpack[Stages],
+) -> None:
+    """Adamax; see :class:`fusedstep.Adamax`."""
+    beta1, beta2 = betas
+    with operands(param, grad, exp_avg, exp_inf, lr=lr, **stages) as (p, g, m, u):
+        m += (1 - beta1) * (g - m)
+        before, now = beta2 * u, np.abs(g) + eps
+        u[:] = np.where(before > now, before, now)
+        p -= lr / (1 - beta1**step) * m / u
+
+
+def radam(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    **stages: Unpack[Stages],
+) -> None:
+    """Rectified Adam; see :class:`fusedstep.RAdam`."""
+    beta1, beta2 = betas
+    power2 = beta2**step
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * power2 / (1 - power2)
+    with operands(param, grad, exp_avg, exp_avg_sq, lr=lr, **stages) as (p, g, m, v):
+        m += (1 - beta1) * (g - m)
+        v[:] = beta2 * v + (1 - beta2) * g * g
+        step_size = lr / (1 - beta1**step)
+        if length > 5:
+            square = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+            p -= step_size * math.sqrt(square) * math.sqrt(1 - power2) * m / (np.sqrt(v) + eps)
+        else:
+            p -= step_size * m
 
 
 # ---- Norms --------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from .optimizer import Optimizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "RMSprop"]
+__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "RAdam", "RMSprop"]
 
 
 class SGD(Optimizer):
@@ -367,3 +367,117 @@ class AdamW(Adam):
 
     _rule = staticmethod(reference.adamw)
     _option_defaults: ClassVar[dict[str, Any]] = {"weight_decay": 1e-2, "decoupled_weight_decay": True}
+
+
+class Adamax(Optimizer):
+    r"""Adamax: Adam with the largest gradient, slowly forgotten, in place of the root of the mean square.
+
+    .. math::
+
+        m_t &= m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}) \\
+        u_t &= \max(\beta_2 u_{t-1}, |g_t| + \epsilon) \\
+        p_t &= p_{t-1} - \frac{\gamma}{1 - \beta_1^t} \frac{m_t}{u_t}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_inf`` (:math:`u`).
+    eps : float
+        :math:`\epsilon`, beside the magnitude of the gradient.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.Adamax([w], lr=0.5, eps=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1])])
+    >>> w
+    array([-0.5,  0.5])
+
+    References
+    ----------
+    As ``torch.optim.Adamax``; Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015), section 7.1.
+    """
+
+    _rule = staticmethod(reference.adamax)
+    _non_negative_states = ("exp_inf",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 2e-3,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-8,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_inf")
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # The other one has more magnitudes, being positive: the quotient of what is rounded up here would be large.
+        return ("exp_avg",)
+
+
+class RAdam(Optimizer):
+    r"""RAdam: Adam that starts without the denominator, and then rectifies its variance while it is an average of few.
+
+    .. math::
+
+        m_t &= m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}) \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        \rho_t &= \rho - \frac{2 t \beta_2^t}{1 - \beta_2^t}, \qquad \rho = \frac{2}{1 - \beta_2} - 1 \\
+        p_t &= p_{t-1} - \frac{\gamma}{1 - \beta_1^t} m_t \, \begin{cases}
+               r_t \sqrt{1 - \beta_2^t} / (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\ 1 & \text{else}\end{cases} \\
+        r_t^2 &= \frac{(\rho_t - 4) (\rho_t - 2) \rho}{(\rho - 4) (\rho - 2) \rho_t}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
+    eps : float
+        :math:`\epsilon`, outside the uncorrected root.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.RAdam([w], lr=0.5)
+    >>> _ = opt.step([np.array([3.0, -0.25])])
+    >>> w
+    array([-1.5  ,  0.125])
+
+    References
+    ----------
+    As ``torch.optim.RAdam``; Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond" (2020).
+    """
+
+    _rule = staticmethod(reference.radam)
+    _non_negative_states = ("exp_avg_sq",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-8,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
