@@ -67,6 +67,9 @@ OPTAX = {
         dict(lr=0.01, betas=(0.9, 0.99), eps=0.0),
         lambda: optax.radam(0.01, b2=0.99, eps=0.0),
     ),
+    "lion": (fs.Lion, dict(lr=0.01, weight_decay=0.1), lambda: optax.lion(0.01, weight_decay=0.1)),
+    "signum": (fs.Signum, dict(lr=0.01, momentum=0.8), lambda: optax.signum(0.01, beta=0.8)),
+    "signsgd": (fs.Signum, dict(lr=0.01, momentum=0.0), lambda: optax.sign_sgd(0.01)),
     "clip_norm": (
         fs.SGD,
         dict(lr=0.1, clip_value=0.3),
@@ -234,6 +237,15 @@ def test_against_plain_floats(optimizer, settings, plain, rng):
         opt.step([np.array([g])])
         wanted += change
         assert p[0] == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [fs.Lion, fs.Signum])
+@pytest.mark.parametrize("backend", ["c", "reference"])
+def test_zero_has_no_sign(optimizer, backend):
+    p = np.array([1.0, -0.0, 0.0, 1.0])
+    optimizer([p], lr=0.5, nonfinite="propagate", backend=backend).step([np.array([0.0, -0.0, -0.0, np.nan])])
+    np.testing.assert_array_equal(p, [1.0, -0.0, 0.0, np.nan])
+    assert np.signbit(p).tolist()[:3] == [False, True, False]
 
 
 def test_amsgrad_keeps_the_maximum():

@@ -152,6 +152,28 @@ static void textbook_radam(wide *p, wide g, wide *s, const double *h, int t)
     *p -= h[0] * corrected(s[0], h[1], t) * (rho_t > 5 ? r * sqrtl(1 - power) / (sqrtl(s[1]) + h[3]) : 1);
 }
 
+static wide sign(wide x) { return (x > 0) - (x < 0); }
+
+static void textbook_lion(wide *p, wide g, wide *s, const double *h, int t)
+{
+    (void)t;
+    *p -= h[0] * sign(h[1] * s[0] + (1 - (wide)h[1]) * g);
+    s[0] = h[2] * s[0] + (1 - (wide)h[2]) * g;
+}
+
+static void textbook_signsgd(wide *p, wide g, wide *s, const double *h, int t)
+{
+    (void)s, (void)t;
+    *p -= h[0] * sign(g);
+}
+
+static void textbook_signum(wide *p, wide g, wide *s, const double *h, int t)
+{
+    (void)t;
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    *p -= h[0] * sign(s[0]);
+}
+
 static void test_textbook(void)
 {
     static const struct {
@@ -171,6 +193,9 @@ static void test_textbook(void)
         {"adam", "lr beta1 beta2 eps", {0.01, 0.9, 0.999, 1e-3}, textbook_adam},
         {"adam_amsgrad", "lr beta1 beta2 eps", {0.01, 0.8, 0.5, 1e-3}, textbook_amsgrad},
         {"adamax", "lr beta1 beta2 eps", {0.01, 0.9, 0.5, 1e-3}, textbook_adamax},
+        {"lion", "lr beta1 beta2", {0.01, 0.5, 0.75}, textbook_lion},
+        {"signsgd", "lr momentum", {0.01, 0.0}, textbook_signsgd},
+        {"signum", "lr momentum", {0.01, 0.75}, textbook_signum},
         {"radam", "lr beta1 beta2 eps", {0.01, 0.9, 0.9, 1e-3}, textbook_radam},
     };
     static const double tolerance[] = {[FS_FLOAT32] = 1e-5, [FS_FLOAT64] = 1e-12};

@@ -120,6 +120,18 @@ ENTRIES = [
         train={"radam": {"lr": 3e-3}},
         torch_name="RAdam",
     ),
+    Entry(
+        rules.Lion,
+        settings=[{}, {"lr": 0.01, "betas": (0.5, 0.75), "weight_decay": 0.1}],
+        invalid=[({"betas": (0.9, 0.99, 0.999)}, TypeError, "betas: expected a pair of numbers, got (0.9, 0.99, 0.999)")],
+        train={"lion": {"lr": 1e-3}},
+    ),
+    Entry(
+        rules.Signum,
+        settings=[{}, {"momentum": 0.0}],
+        invalid=[({"momentum": 1.0}, ValueError, "momentum: expected a number in [0, 1), got 1.0")],
+        train={"signum": {"lr": 1e-3}, "signsgd": {"lr": 1e-3, "momentum": 0.0}},
+    ),
 ]
 
 # Refused for every rule.

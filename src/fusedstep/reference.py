@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-__all__ = ["adadelta", "adagrad", "adam", "adamax", "adamw", "radam", "rmsprop", "sgd"]
+__all__ = ["adadelta", "adagrad", "adam", "adamax", "adamw", "lion", "radam", "rmsprop", "sgd", "signum"]
 
 
 class Stages(TypedDict, total=False):
@@ -425,6 +425,44 @@ def radam(
             p -= step_size * math.sqrt(square) * math.sqrt(1 - power2) * m / (np.sqrt(v) + eps)
         else:
             p -= step_size * m
+
+
+def lion(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    *,
+    step: int,
+    lr: float = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.99),
+    **stages: Unpack[Stages],
+) -> None:
+    """Lion; weight decay is decoupled unless given; see :class:`fusedstep.Lion`."""
+    beta1, beta2 = betas
+    stages.setdefault("decoupled_weight_decay", True)
+    with operands(param, grad, exp_avg, lr=lr, **stages) as (p, g, m):
+        p -= lr * np.sign(beta1 * m + (1 - beta1) * g)
+        m[:] = beta2 * m + (1 - beta2) * g
+
+
+def signum(
+    param: Array,
+    grad: Array,
+    momentum_buffer: Array | None = None,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    momentum: float = 0.9,
+    **stages: Unpack[Stages],
+) -> None:
+    """signSGD, with momentum if ``momentum_buffer`` is given; see :class:`fusedstep.Signum`."""
+    require_buffer(momentum_buffer, momentum)
+    with operands(param, grad, momentum_buffer, lr=lr, **stages) as (p, g, *buffer):
+        direction = g
+        if buffer:
+            (b,) = buffer
+            b[:] = direction = momentum * b + (1 - momentum) * g
+        p -= lr * np.sign(direction)
 
 
 # ---- Norms --------------------------------------------------------------------------------------------------------------

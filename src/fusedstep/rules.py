@@ -12,7 +12,7 @@ from .optimizer import Optimizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "RAdam", "RMSprop"]
+__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Lion", "RAdam", "RMSprop", "Signum"]
 
 
 class SGD(Optimizer):
@@ -481,3 +481,123 @@ class RAdam(Optimizer):
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
+
+
+class Lion(Optimizer):
+    r"""Lion: steps of one size, in the direction of the sign of a momentum that looks ahead.
+
+    .. math::
+
+        c_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+        p_t &= p_{t-1} - \gamma \operatorname{sign}(c_t) \\
+        m_t &= \beta_2 m_{t-1} + (1 - \beta_2) g_t
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options. ``decoupled_weight_decay`` is True unless given, as in
+        the paper, whose :math:`p - \gamma (\operatorname{sign}(c) + \lambda p)` is that but for rounding.
+    lr : float
+        Learning rate :math:`\gamma`: the size of each step. The authors advise a third to a tenth of AdamW's, and 3 to 10
+        times its weight decay.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`; the state is ``exp_avg`` (:math:`m`).
+
+    Notes
+    -----
+    The sign of 0 is 0: where there never was a gradient, nothing moves.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(3)
+    >>> opt = fs.Lion([w], lr=0.5)
+    >>> _ = opt.step([np.array([3.0, -0.1, 0.0])])
+    >>> w
+    array([-0.5,  0.5,  0. ])
+
+    References
+    ----------
+    Chen et al., "Symbolic Discovery of Optimization Algorithms" (2023), algorithm 2, and its defaults; ``optax.lion``.
+    """
+
+    _rule = staticmethod(reference.lion)
+    _option_defaults: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-4,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.99),
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg",)
+
+
+class Signum(Optimizer):
+    r"""Signum, signSGD with momentum: steps of one size, in the direction of the sign of the momentum.
+
+    .. math::
+
+        b_t &= \mu b_{t-1} + (1 - \mu) g_t \\
+        p_t &= p_{t-1} - \gamma \operatorname{sign}(b_t)
+
+    Without momentum this is signSGD: :math:`p_t = p_{t-1} - \gamma \operatorname{sign}(g_t)`.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`: the size of each step.
+    momentum : float
+        :math:`\mu`; 0 keeps no state, anything else the state ``momentum_buffer``.
+
+    Notes
+    -----
+    The sign of 0 is 0.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(3)
+    >>> opt = fs.Signum([w], lr=0.5, momentum=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1, 0.0])])
+    >>> w
+    array([-0.5,  0.5,  0. ])
+
+    References
+    ----------
+    Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems" (2018); defaults as
+    ``mxnet.optimizer.Signum``, its authors' implementation; ``optax.signum`` and ``optax.sign_sgd``.
+    """
+
+    _rule = staticmethod(reference.signum)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        *,
+        momentum: Hyper = 0.9,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum), options)
+
+    @staticmethod
+    def _check_hyper(values: Mapping[str, Any]) -> None:
+        if not values["momentum"] < 1:
+            raise ValueError(f"momentum: expected a number in [0, 1), got {values['momentum']}")
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if hyper["momentum"] != 0 else ()
+
+    @classmethod
+    def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
+        return "signum" if states else "signsgd"
