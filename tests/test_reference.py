@@ -239,11 +239,12 @@ def test_against_plain_floats(optimizer, settings, plain, rng):
         assert p[0] == pytest.approx(wanted, rel=1e-12)
 
 
-@pytest.mark.parametrize("optimizer", [fs.Lion, fs.Signum])
+@pytest.mark.parametrize(("optimizer", "settings"), [(fs.Lion, {}), (fs.Signum, {}), (fs.Signum, {"momentum": 0.0})])
 @pytest.mark.parametrize("backend", ["c", "reference"])
-def test_zero_has_no_sign(optimizer, backend):
+def test_zero_has_no_sign(optimizer, settings, backend):
     p = np.array([1.0, -0.0, 0.0, 1.0])
-    optimizer([p], lr=0.5, nonfinite="propagate", backend=backend).step([np.array([0.0, -0.0, -0.0, np.nan])])
+    opt = optimizer([p], lr=0.5, **settings, nonfinite="propagate", backend=backend)
+    opt.step([np.array([0.0, -0.0, -0.0, np.nan])])
     np.testing.assert_array_equal(p, [1.0, -0.0, 0.0, np.nan])
     assert np.signbit(p).tolist()[:3] == [False, True, False]
 
