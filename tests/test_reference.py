@@ -70,6 +70,16 @@ OPTAX = {
     "lion": (fs.Lion, dict(lr=0.01, weight_decay=0.1), lambda: optax.lion(0.01, weight_decay=0.1)),
     "signum": (fs.Signum, dict(lr=0.01, momentum=0.8), lambda: optax.signum(0.01, beta=0.8)),
     "signsgd": (fs.Signum, dict(lr=0.01, momentum=0.0), lambda: optax.sign_sgd(0.01)),
+    "adabelief": (
+        fs.AdaBelief,
+        dict(lr=0.01, betas=(0.9, 0.99), eps=1e-6),
+        lambda: optax.adabelief(0.01, b2=0.99, eps=1e-6, eps_root=1e-6),
+    ),
+    "yogi": (
+        fs.Yogi,  # optax starts m with the initial value, too: compare without
+        dict(lr=0.01, betas=(0.9, 0.99), eps=1e-3, initial_accumulator_value=0.0),
+        lambda: optax.chain(optax.scale_by_yogi(b2=0.99, initial_accumulator_value=0.0), optax.scale(-0.01)),
+    ),
     "clip_norm": (
         fs.SGD,
         dict(lr=0.1, clip_value=0.3),
@@ -217,9 +227,18 @@ def plain_radam(gradients, lr, beta1, beta2, eps):
             yield -lr * corrected
 
 
+def plain_yogi(gradients, lr, beta1, beta2, eps, initial):
+    m, v = 0.0, initial
+    for t, g in enumerate(gradients, 1):
+        m = beta1 * m + (1 - beta1) * g
+        v = v - (1 - beta2) * math.copysign(g**2, v - g**2)
+        yield -lr * m / (1 - beta1**t) / (math.sqrt(v / (1 - beta2**t)) + eps)
+
+
 PLAIN = [
     (fs.Adamax, dict(lr=0.1, betas=(0.5, 0.75), eps=1e-3), plain_adamax),
     (fs.RAdam, dict(lr=0.1, betas=(0.5, 0.9), eps=1e-3), plain_radam),
+    (fs.Yogi, dict(lr=0.1, betas=(0.5, 0.75), eps=1e-3, initial_accumulator_value=0.5), plain_yogi),
 ]
 
 

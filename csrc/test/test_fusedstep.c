@@ -174,6 +174,20 @@ static void textbook_signum(wide *p, wide g, wide *s, const double *h, int t)
     *p -= h[0] * sign(s[0]);
 }
 
+static void textbook_adabelief(wide *p, wide g, wide *s, const double *h, int t)
+{
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] = h[2] * s[1] + (1 - (wide)h[2]) * (g - s[0]) * (g - s[0]) + h[3];
+    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t)) + h[3]);
+}
+
+static void textbook_yogi(wide *p, wide g, wide *s, const double *h, int t)
+{
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] -= (1 - (wide)h[2]) * sign(s[1] - g * g) * g * g;
+    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t)) + h[3]);
+}
+
 static void test_textbook(void)
 {
     static const struct {
@@ -196,6 +210,8 @@ static void test_textbook(void)
         {"lion", "lr beta1 beta2", {0.01, 0.5, 0.75}, textbook_lion},
         {"signsgd", "lr momentum", {0.01, 0.0}, textbook_signsgd},
         {"signum", "lr momentum", {0.01, 0.75}, textbook_signum},
+        {"adabelief", "lr beta1 beta2 eps", {0.01, 0.9, 0.99, 1e-3}, textbook_adabelief},
+        {"yogi", "lr beta1 beta2 eps", {0.01, 0.9, 0.75, 1e-3}, textbook_yogi},
         {"radam", "lr beta1 beta2 eps", {0.01, 0.9, 0.9, 1e-3}, textbook_radam},
     };
     static const double tolerance[] = {[FS_FLOAT32] = 1e-5, [FS_FLOAT64] = 1e-12};

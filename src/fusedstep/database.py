@@ -132,6 +132,24 @@ ENTRIES = [
         invalid=[({"momentum": 1.0}, ValueError, "momentum: expected a number in [0, 1), got 1.0")],
         train={"signum": {"lr": 1e-3}, "signsgd": {"lr": 1e-3, "momentum": 0.0}},
     ),
+    Entry(
+        rules.AdaBelief,
+        settings=[{}, {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6}],
+        invalid=[({"eps": -1e-8}, ValueError, "eps: expected a finite number >= 0, got -1e-08")],
+        train={"adabelief": {"lr": 3e-3}},
+    ),
+    Entry(
+        rules.Yogi,
+        settings=[{}, {"lr": 0.1, "betas": (0.8, 0.5), "initial_accumulator_value": 0.1}],
+        invalid=[
+            (
+                {"initial_accumulator_value": -1},
+                ValueError,
+                "initial_accumulator_value: expected a finite number >= 0, got -1",
+            )
+        ],
+        train={"yogi": {"lr": 1e-2}},
+    ),
 ]
 
 # Refused for every rule.

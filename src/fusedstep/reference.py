@@ -25,7 +25,20 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-__all__ = ["adadelta", "adagrad", "adam", "adamax", "adamw", "lion", "radam", "rmsprop", "sgd", "signum"]
+__all__ = [
+    "adabelief",
+    "adadelta",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "lion",
+    "radam",
+    "rmsprop",
+    "sgd",
+    "signum",
+    "yogi",
+]
 
 
 class Stages(TypedDict, total=False):
@@ -463,6 +476,52 @@ def signum(
             (b,) = buffer
             b[:] = direction = momentum * b + (1 - momentum) * g
         p -= lr * np.sign(direction)
+
+
+def adabelief(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_var: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-16,
+    **stages: Unpack[Stages],
+) -> None:
+    """AdaBelief; see :class:`fusedstep.AdaBelief`."""
+    beta1, beta2 = betas
+    with operands(param, grad, exp_avg, exp_avg_var, lr=lr, **stages) as (p, g, m, s):
+        m += (1 - beta1) * (g - m)
+        surprise = g - m
+        s[:] = beta2 * s + (1 - beta2) * surprise * surprise + eps
+        step_size = lr / (1 - beta1**step)
+        rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
+        p -= step_size * m / (np.sqrt(s) * rsqrt_correction2 + eps)
+
+
+def yogi(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-3,
+    **stages: Unpack[Stages],
+) -> None:
+    """Yogi; see :class:`fusedstep.Yogi`."""
+    beta1, beta2 = betas
+    with operands(param, grad, exp_avg, exp_avg_sq, lr=lr, **stages) as (p, g, m, v):
+        square = g * g
+        m += (1 - beta1) * (g - m)
+        v -= (1 - beta2) * np.sign(v - square) * square
+        step_size = lr / (1 - beta1**step)
+        rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
+        p -= step_size * m / (np.sqrt(v) * rsqrt_correction2 + eps)
 
 
 # ---- Norms --------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,20 @@ from .optimizer import Optimizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Lion", "RAdam", "RMSprop", "Signum"]
+__all__ = [
+    "SGD",
+    "AdaBelief",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Lion",
+    "RAdam",
+    "RMSprop",
+    "Signum",
+    "Yogi",
+]
 
 
 class SGD(Optimizer):
@@ -601,3 +614,132 @@ class Signum(Optimizer):
     @classmethod
     def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
         return "signum" if states else "signsgd"
+
+
+class AdaBelief(Optimizer):
+    r"""AdaBelief: Adam that divides by how far gradients are from their average: large steps where they are as expected.
+
+    .. math::
+
+        m_t &= m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}) \\
+        s_t &= \beta_2 s_{t-1} + (1 - \beta_2) (g_t - m_t)^2 + \epsilon \\
+        p_t &= p_{t-1} - \frac{\gamma}{1 - \beta_1^t}
+               \frac{m_t}{\sqrt{s_t} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_var`` (:math:`s`).
+    eps : float
+        :math:`\epsilon`, as in the paper in both places: added to :math:`s` in each step, and outside the corrected root.
+        It adds up: with gradients as expected :math:`s` tends to :math:`\epsilon / (1 - \beta_2)`. The default is that of
+        the authors' implementation and of optax, which calls the first place ``eps_root``.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.AdaBelief([w], lr=0.5, betas=(0.5, 0.5), eps=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.25])])
+    >>> w
+    array([-1.,  1.])
+
+    References
+    ----------
+    Zhuang et al., "AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients" (2020), algorithm 2;
+    ``optax.adabelief``.
+    """
+
+    _rule = staticmethod(reference.adabelief)
+    _non_negative_states = ("exp_avg_var",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-16,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_var")
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # What it differs from the gradient by may be much smaller than it is.
+        return ("exp_avg",)
+
+
+class Yogi(Optimizer):
+    r"""Yogi: Adam whose mean square shrinks no faster than it grows, however large it has been.
+
+    .. math::
+
+        m_t &= m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}) \\
+        v_t &= v_{t-1} - (1 - \beta_2) \operatorname{sign}(v_{t-1} - g_t^2) g_t^2 \\
+        p_t &= p_{t-1} - \frac{\gamma}{1 - \beta_1^t}
+               \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
+    eps : float
+        :math:`\epsilon`, outside the corrected root.
+    initial_accumulator_value : float
+        What the state ``exp_avg_sq`` starts with.
+
+    Notes
+    -----
+    The corrections of the start, which the paper leaves out, are optax's. It starts ``exp_avg`` with the initial value, too,
+    which moves parameters that have no gradient; here that starts with 0, as in the paper.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.Yogi([w], lr=0.5, eps=0.0, initial_accumulator_value=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1])])
+    >>> w
+    array([-0.5,  0.5])
+
+    References
+    ----------
+    Zaheer et al., "Adaptive Methods for Nonconvex Optimization" (2018), algorithm 2; ``optax.yogi``.
+    """
+
+    _rule = staticmethod(reference.yogi)
+    _non_negative_states = ("exp_avg_sq",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-3,
+        initial_accumulator_value: float = 1e-6,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        hyper = dict(lr=lr, betas=betas, eps=eps, initial_accumulator_value=initial_accumulator_value)
+        super().__init__(params, hyper, options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    @staticmethod
+    def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
+        return float(hyper["initial_accumulator_value"]) if name == "exp_avg_sq" else 0.0
