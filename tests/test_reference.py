@@ -15,6 +15,10 @@ from fusedstep import database, reference
 STEPS = 20
 
 
+def database_settings(optimizer):
+    return [settings for entry, settings in SETTINGS if entry.optimizer is optimizer]
+
+
 def gradients_of(rng, shape):
     return [rng.standard_normal(shape) for _ in range(STEPS)]
 
@@ -235,10 +239,54 @@ def plain_yogi(gradients, lr, beta1, beta2, eps, initial):
         yield -lr * m / (1 - beta1**t) / (math.sqrt(v / (1 - beta2**t)) + eps)
 
 
+def plain_rprop(gradients, lr, eta1, eta2, smallest, largest):
+    size, before = lr, 0.0
+    for g in gradients:
+        if g * before > 0:
+            size = min(size * eta2, largest)
+        elif g * before < 0:
+            size = max(size * eta1, smallest)
+            g = 0.0
+        yield -math.copysign(size, g) if g else 0.0
+        before = g
+
+
+def plain_asgd(gradients, lr, lambd, alpha, t0):
+    p = 1.0
+    for t, g in enumerate(gradients):
+        eta = lr / (1 + lambd * lr * t) ** alpha
+        yield -eta * (lambd * p + g)
+        p -= eta * (lambd * p + g)
+
+
+def plain_ftrl(gradients, lr, initial, beta, l1, l2):
+    """As McMahan et al., figure 1: alpha is lr, lambda_2 is 2 l2."""
+    n, z, w = initial, 0.0, 1.0
+    for g in gradients:
+        sigma = (math.sqrt(n + g**2) - math.sqrt(n)) / lr
+        z += g - sigma * w
+        n += g**2
+        before, w = w, 0.0 if abs(z) <= l1 else -(z - math.copysign(l1, z)) / ((beta + math.sqrt(n)) / lr + 2 * l2)
+        yield w - before
+
+
 PLAIN = [
     (fs.Adamax, dict(lr=0.1, betas=(0.5, 0.75), eps=1e-3), plain_adamax),
     (fs.RAdam, dict(lr=0.1, betas=(0.5, 0.9), eps=1e-3), plain_radam),
     (fs.Yogi, dict(lr=0.1, betas=(0.5, 0.75), eps=1e-3, initial_accumulator_value=0.5), plain_yogi),
+    (fs.Rprop, dict(lr=0.1, etas=(0.5, 1.25), step_sizes=(0.06, 0.15)), plain_rprop),
+    (fs.ASGD, dict(lr=0.1, lambd=0.5, alpha=0.75, t0=5.0), plain_asgd),
+    (
+        fs.FTRL,
+        dict(
+            lr=0.1,
+            initial_accumulator_value=0.5,
+            beta=0.25,
+            l1_regularization_strength=1.0,
+            l2_regularization_strength=0.125,
+        ),
+        plain_ftrl,
+    ),
 ]
 
 
@@ -250,12 +298,57 @@ def flat(values):
 @pytest.mark.parametrize(("optimizer", "settings", "plain"), PLAIN, ids=setting_id)
 def test_against_plain_floats(optimizer, settings, plain, rng):
     gradients = rng.standard_normal(STEPS).tolist()
-    p, wanted = np.zeros(1), 0.0
+    p, wanted = np.ones(1), 1.0
     opt = optimizer([p], **settings, backend="reference")
     for g, change in zip(gradients, plain(gradients, *flat(settings.values()))):
         opt.step([np.array([g])])
         wanted += change
-        assert p[0] == pytest.approx(wanted, rel=1e-12)
+        assert p[0] == pytest.approx(wanted, rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("settings", database_settings(fs.FTRL), ids=setting_id)
+def test_ftrl_against_keras(settings, rng, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras")
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")  # for the learning rate
+    start, grads = rng.standard_normal(50), gradients_of(rng, 50)
+    settings = {"lr": 0.01, **settings}
+    found = trajectory(fs.FTRL, start, grads, **settings)
+    variable = keras.Variable(start, dtype="float64")
+    opt = keras.optimizers.Ftrl(settings.pop("lr"), **settings)
+    for g in grads:
+        opt.apply([keras.ops.convert_to_tensor(g)], [variable])
+    keras.config.set_floatx(before)
+    np.testing.assert_allclose(found, keras.ops.convert_to_numpy(variable.value), **FLOAT64_TOLERANCE)
+
+
+def test_ftrl_without_any_gradient_is_0():
+    p = np.ones(2)
+    fs.FTRL([p], initial_accumulator_value=0.0, backend="reference").step([np.array([0.0, 1.0])])  # 0 / 0 in Keras
+    assert p.tolist() == [0.0, 1.0 - 0.001]
+
+
+def test_asgd_averages():
+    p = np.zeros(1)
+    opt, values = fs.ASGD([p], lr=0.5, lambd=0.0, t0=2.0, backend="reference"), []
+    for g in (1.0, 2.0, -3.0, 1.0, 4.0, -2.0):
+        opt.step([np.array([g])])
+        values.append(float(p[0]))
+    # The parameter itself until mu = 1 / (step - 1 - t0) is below 1: then the mean from there on.
+    assert opt.state["0"]["ax"][0] == pytest.approx(np.mean(values[3:]), rel=1e-15)
+
+
+def test_rprop_of_tiny_gradients():
+    """Their product vanishes; it is the signs that count."""
+    p = np.zeros(2, np.float32)
+    opt = fs.Rprop([p], lr=0.5, etas=(0.5, 2.0))
+    opt.step([np.full(2, 1e-30, np.float32)])
+    opt.step([np.array([1e-30, -1e-30], np.float32)])
+    assert p.tolist() == [-1.5, -0.5]
+    assert opt.state["0"]["step_size"].tolist() == [1.0, 0.25]
 
 
 @pytest.mark.parametrize(("optimizer", "settings"), [(fs.Lion, {}), (fs.Signum, {}), (fs.Signum, {"momentum": 0.0})])

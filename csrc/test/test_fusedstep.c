@@ -188,6 +188,31 @@ static void textbook_yogi(wide *p, wide g, wide *s, const double *h, int t)
     *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t)) + h[3]);
 }
 
+static void textbook_rprop(wide *p, wide g, wide *s, const double *h, int t)
+{
+    const wide same = sign(g * s[0]);
+    (void)t;
+    s[1] = fminl(fmaxl(s[1] * (same > 0 ? h[2] : same < 0 ? h[1] : 1), h[3]), h[4]);
+    s[0] = same < 0 ? 0 : g;
+    *p -= sign(s[0]) * s[1];
+}
+
+static void textbook_asgd(wide *p, wide g, wide *s, const double *h, int t)
+{
+    const wide eta = h[0] / powl(1 + (wide)h[1] * h[0] * (t - 1), h[2]);
+    *p -= eta * (g + h[1] * *p);
+    s[0] += (*p - s[0]) / fmaxl(1, t - 1 - h[3]);
+}
+
+static void textbook_ftrl(wide *p, wide g, wide *s, const double *h, int t)
+{
+    (void)t;
+    s[1] += g - (sqrtl(s[0] + g * g) - sqrtl(s[0])) / h[0] * *p;
+    s[0] += g * g;
+    const wide beyond = fmaxl(fabsl(s[1]) - h[2], 0);
+    *p = -sign(s[1]) * beyond / ((h[1] + sqrtl(s[0])) / h[0] + 2 * h[3]);
+}
+
 static void test_textbook(void)
 {
     static const struct {
@@ -212,6 +237,9 @@ static void test_textbook(void)
         {"signum", "lr momentum", {0.01, 0.75}, textbook_signum},
         {"adabelief", "lr beta1 beta2 eps", {0.01, 0.9, 0.99, 1e-3}, textbook_adabelief},
         {"yogi", "lr beta1 beta2 eps", {0.01, 0.9, 0.75, 1e-3}, textbook_yogi},
+        {"rprop", "lr eta1 eta2 step_size1 step_size2", {0.01, 0.5, 1.25, 0.01, 0.1}, textbook_rprop},
+        {"asgd", "lr lambd alpha t0", {0.1, 0.5, 0.75, 5.0}, textbook_asgd},
+        {"ftrl", "lr beta l1_regularization_strength l2_regularization_strength", {0.1, 0.5, 0.25, 0.125}, textbook_ftrl},
         {"radam", "lr beta1 beta2 eps", {0.01, 0.9, 0.9, 1e-3}, textbook_radam},
     };
     static const double tolerance[] = {[FS_FLOAT32] = 1e-5, [FS_FLOAT64] = 1e-12};

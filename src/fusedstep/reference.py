@@ -32,9 +32,12 @@ __all__ = [
     "adam",
     "adamax",
     "adamw",
+    "asgd",
+    "ftrl",
     "lion",
     "radam",
     "rmsprop",
+    "rprop",
     "sgd",
     "signum",
     "yogi",
@@ -522,6 +525,77 @@ def yogi(
         step_size = lr / (1 - beta1**step)
         rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
         p -= step_size * m / (np.sqrt(v) * rsqrt_correction2 + eps)
+
+
+def rprop(
+    param: Array,
+    grad: Array,
+    prev: Array,
+    step_size: Array,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    etas: tuple[float, float] = (0.5, 1.2),
+    step_sizes: tuple[float, float] = (1e-6, 50.0),
+    **stages: Unpack[Stages],
+) -> None:
+    """Rprop; ``step_size`` starts with ``lr``, which does nothing else; see :class:`fusedstep.Rprop`."""
+    shrink, grow = etas
+    with operands(param, grad, prev, step_size, lr=lr, **stages) as (p, g, before, s):
+        smallest, largest = p.dtype.type(step_sizes[0]), p.dtype.type(step_sizes[1])
+        direction = np.sign(g)
+        same = direction * before
+        s[same > 0] *= grow
+        s[same < 0] *= shrink
+        s[:] = np.where(s < smallest, smallest, np.where(s > largest, largest, s))  # a NaN stays one
+        before[:] = np.where(same < 0, 0, g)
+        p -= np.where(same < 0, 0, direction) * s
+
+
+def asgd(
+    param: Array,
+    grad: Array,
+    ax: Array,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    lambd: float = 1e-4,
+    alpha: float = 0.75,
+    t0: float = 1e6,
+    **stages: Unpack[Stages],
+) -> None:
+    """Averaged gradient descent; see :class:`fusedstep.ASGD`."""
+    eta = lr / (1 + lambd * lr * (step - 1)) ** alpha
+    mu = 1 / max(1, step - 1 - t0)
+    with operands(param, grad, ax, lr=lr, **stages) as (p, g, average):
+        p *= 1 - lambd * eta
+        p -= eta * g
+        average[:] = average + mu * (p - average) if mu < 1 else p
+
+
+def ftrl(
+    param: Array,
+    grad: Array,
+    accumulator: Array,
+    linear: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    beta: float = 0.0,
+    l1_regularization_strength: float = 0.0,
+    l2_regularization_strength: float = 0.0,
+    **stages: Unpack[Stages],
+) -> None:
+    """FTRL-Proximal; see :class:`fusedstep.FTRL`."""
+    rate, l1 = 1 / lr, l1_regularization_strength
+    l2 = beta / lr + 2 * l2_regularization_strength
+    with operands(param, grad, accumulator, linear, lr=lr, **stages) as (p, g, n, z):
+        before = np.sqrt(n)
+        n += g * g
+        root = np.sqrt(n)
+        z += g - (root - before) * rate * p
+        beyond = np.clip(z, -l1, l1) - z
+        p[:] = np.where(beyond == 0, 0, beyond / (root * rate + l2))
 
 
 # ---- Norms --------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
+    "ASGD",
+    "FTRL",
     "SGD",
     "AdaBelief",
     "Adadelta",
@@ -23,6 +25,7 @@ __all__ = [
     "Lion",
     "RAdam",
     "RMSprop",
+    "Rprop",
     "Signum",
     "Yogi",
 ]
@@ -743,3 +746,238 @@ class Yogi(Optimizer):
     @staticmethod
     def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
         return float(hyper["initial_accumulator_value"]) if name == "exp_avg_sq" else 0.0
+
+
+class Rprop(Optimizer):
+    r"""Rprop: a step size for each element, which grows as long as the sign of its gradient stays, and else shrinks.
+
+    .. math::
+
+        c_t &= \operatorname{sign}(g_t) \, g_{t-1} \\
+        s_t &= s_{t-1} \begin{cases} \eta_+ & c_t > 0 \\ \eta_- & c_t < 0 \\ 1 & c_t = 0 \end{cases}
+               \quad \text{bounded to } [s_{\min}, s_{\max}] \\
+        g_t &\leftarrow 0 \quad \text{where } c_t < 0 \\
+        p_t &= p_{t-1} - \operatorname{sign}(g_t) s_t
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        What the state ``step_size`` (:math:`s`) starts with; later values do nothing, but for decoupled weight decay.
+    etas : pair of float
+        :math:`\eta_-, \eta_+`, below and above 1.
+    step_sizes : pair of float
+        :math:`s_{\min}, s_{\max}`.
+
+    Notes
+    -----
+    For full batches: the signs of mini-batches change too often. The state ``prev`` has the gradient of the step before.
+    PyTorch takes the sign of the product :math:`g_t g_{t-1}`, which vanishes where both are small.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.Rprop([w], lr=0.5, etas=(0.5, 1.5))
+    >>> for g in ([3.0, 3.0], [0.1, -0.1]):
+    ...     _ = opt.step([np.array(g)])
+    >>> w
+    array([-1.25, -0.5 ])
+
+    References
+    ----------
+    As ``torch.optim.Rprop``; Riedmiller and Braun, "A Direct Adaptive Method for Faster Backpropagation Learning: The RPROP
+    Algorithm" (1993).
+    """
+
+    _rule = staticmethod(reference.rprop)
+    _non_negative_states = ("step_size",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        *,
+        etas: tuple[Hyper, Hyper] = (0.5, 1.2),
+        step_sizes: tuple[Hyper, Hyper] = (1e-6, 50),
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, etas=etas, step_sizes=step_sizes), options)
+
+    @staticmethod
+    def _check_hyper(values: Mapping[str, Any]) -> None:
+        if not values["etas"][0] < 1 < values["etas"][1]:
+            raise ValueError(f"etas: expected a pair of numbers below and above 1, got {values['etas']}")
+        if not values["step_sizes"][0] <= values["step_sizes"][1]:
+            raise ValueError(f"step_sizes: expected a pair of numbers, the lower first, got {values['step_sizes']}")
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("prev", "step_size")
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # Rounded at random, what is small would be 0 and have no sign, and step sizes would wander.
+        return ("prev", "step_size")
+
+    @staticmethod
+    def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
+        return float(hyper["lr"]) if name == "step_size" else 0.0
+
+
+class ASGD(Optimizer):
+    r"""Averaged stochastic gradient descent: with steps and weights that shrink, and the mean of the parameters.
+
+    .. math::
+
+        \eta_t &= \frac{\gamma}{(1 + \lambda \gamma (t - 1))^\alpha} \\
+        p_t &= (1 - \lambda \eta_t) p_{t-1} - \eta_t g_t \\
+        a_t &= a_{t-1} + \mu_t (p_t - a_{t-1}), \qquad \mu_t = \frac{1}{\max(1, t - 1 - t_0)}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma` of the first step.
+    lambd : float
+        :math:`\lambda`, which decays both learning rate and parameters.
+    alpha : float
+        :math:`\alpha`, how fast the learning rate decays; 0.75 in the paper on averaging, 1 without averaging.
+    t0 : float
+        :math:`t_0`, the step after which the state ``ax`` (:math:`a`) begins to average; it is the parameter until then.
+
+    Notes
+    -----
+    PyTorch computes :math:`\eta` and :math:`\mu` a step ahead, in float32 unless its default is float64; with an `lr` that
+    changes, its steps have the `lr` of the step before. For averages that follow `bounds`, and can be swapped in, see
+    `ema_decay` and ``fusedstep.schedules.equal_average``.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(1)
+    >>> opt = fs.ASGD({"w": w}, lr=1.0, lambd=0.0, t0=0)
+    >>> for g in (-1.0, -1.0, -1.0):
+    ...     _ = opt.step({"w": np.array([g])})
+    >>> w, opt.state["w"]["ax"]
+    (array([3.]), array([2.5]))
+
+    References
+    ----------
+    As ``torch.optim.ASGD``; Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging" (1992).
+    """
+
+    _rule = staticmethod(reference.asgd)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        *,
+        lambd: Hyper = 1e-4,
+        alpha: Hyper = 0.75,
+        t0: Hyper = 1e6,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, lambd=lambd, alpha=alpha, t0=t0), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("ax",)
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # It is a result, not a means, as averages of parameters are.
+        return ("ax",)
+
+
+class FTRL(Optimizer):
+    r"""FTRL-Proximal, "follow the regularized leader": gradient descent with exact zeros, for sparse linear models.
+
+    .. math::
+
+        z_t &= z_{t-1} + g_t - \frac{\sqrt{n_{t-1} + g_t^2} - \sqrt{n_{t-1}}}{\gamma} p_{t-1} \\
+        n_t &= n_{t-1} + g_t^2 \\
+        p_t &= \begin{cases} 0 & |z_t| \le \lambda_1 \\
+               - \dfrac{z_t - \lambda_1 \operatorname{sign}(z_t)}{(\beta + \sqrt{n_t}) / \gamma + 2 \lambda_2} &
+               \text{else} \end{cases}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`, above 0.
+    initial_accumulator_value : float
+        What the state ``accumulator`` (:math:`n`) starts with.
+    beta : float
+        :math:`\beta`, which makes the first steps smaller.
+    l1_regularization_strength : float
+        :math:`\lambda_1`: parameters whose state ``linear`` (:math:`z`) stays within it are exactly 0.
+    l2_regularization_strength : float
+        :math:`\lambda_2`, as in Keras half of the paper's.
+
+    Notes
+    -----
+    Parameters follow from the state: they should start from 0, for other values are soon forgotten unless
+    `initial_accumulator_value` is 0. The common options `l1` and `weight_decay` change the gradient, which makes parameters
+    small, not 0. Keras' ``learning_rate_power`` is -1/2 here, as in the paper: other powers are not rounded in the same way
+    everywhere. Where there never was a gradient, and `initial_accumulator_value` and `beta` are 0, parameters are 0, and nan
+    in Keras.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.FTRL([w], lr=0.5, initial_accumulator_value=0.0, l1_regularization_strength=1.0)
+    >>> _ = opt.step([np.array([4.0, 0.75])])
+    >>> w
+    array([-0.375,  0.   ])
+
+    References
+    ----------
+    McMahan et al., "Ad Click Prediction: a View from the Trenches" (2013), algorithm 1; as ``keras.optimizers.Ftrl``.
+    """
+
+    _rule = staticmethod(reference.ftrl)
+    _non_negative_states = ("accumulator",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        initial_accumulator_value: float = 0.1,
+        beta: Hyper = 0.0,
+        l1_regularization_strength: Hyper = 0.0,
+        l2_regularization_strength: Hyper = 0.0,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        hyper = dict(
+            lr=lr,
+            initial_accumulator_value=initial_accumulator_value,
+            beta=beta,
+            l1_regularization_strength=l1_regularization_strength,
+            l2_regularization_strength=l2_regularization_strength,
+        )
+        super().__init__(params, hyper, options)
+
+    @staticmethod
+    def _check_hyper(values: Mapping[str, Any]) -> None:
+        if values["lr"] == 0:
+            raise ValueError(f"lr: expected a finite number > 0, got {values['lr']}")
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("accumulator", "linear")
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # Roots of the one are subtracted from each other, and parameters are as exact as both.
+        return ("accumulator", "linear")
+
+    @staticmethod
+    def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
+        return float(hyper["initial_accumulator_value"]) if name == "accumulator" else 0.0
