@@ -200,6 +200,7 @@ static float inverse_scale_of(uint32_t largest)
 #define LOOP_POINTERS_1 real *restrict state0 = state[0];
 #define LOOP_POINTERS_2 LOOP_POINTERS_1 real *restrict state1 = state[1];
 #define LOOP_POINTERS_3 LOOP_POINTERS_2 real *restrict state2 = state[2];
+#define LOOP_POINTERS_4 LOOP_POINTERS_3 real *restrict state3 = state[3];
 
 #define LOOP_BODY_0(element) element(&p, g, &coefs);
 #define LOOP_BODY_1(element)                                                                                     \
@@ -217,6 +218,13 @@ static float inverse_scale_of(uint32_t largest)
     state0[i] = a;                                                                                               \
     state1[i] = b;                                                                                               \
     state2[i] = d;
+#define LOOP_BODY_4(element)                                                                                     \
+    real a = state0[i], b = state1[i], d = state2[i], e = state3[i];                                             \
+    element(&p, g, &a, &b, &d, &e, &coefs);                                                                      \
+    state0[i] = a;                                                                                               \
+    state1[i] = b;                                                                                               \
+    state2[i] = d;                                                                                               \
+    state3[i] = e;
 
 /* ---- Stages ------------------------------------------------------------------------------------------------------- */
 

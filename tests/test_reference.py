@@ -84,6 +84,11 @@ OPTAX = {
         dict(lr=0.01, betas=(0.9, 0.99), eps=1e-3, initial_accumulator_value=0.0),
         lambda: optax.chain(optax.scale_by_yogi(b2=0.99, initial_accumulator_value=0.0), optax.scale(-0.01)),
     ),
+    "adan": (
+        fs.Adan,  # optax has 1 - beta2 where the paper has beta2 in this notation: compare where that is the same
+        dict(lr=0.01, betas=(0.98, 0.5, 0.99), eps=1e-8, weight_decay=0.0),
+        lambda: optax.adan(0.01, b2=0.5, eps=1e-8, eps_root=0.0),
+    ),
     "clip_norm": (
         fs.SGD,
         dict(lr=0.1, clip_value=0.3),
@@ -270,6 +275,20 @@ def plain_ftrl(gradients, lr, initial, beta, l1, l2):
         yield w - before
 
 
+def plain_adan(gradients, lr, beta1, beta2, beta3, eps):
+    """As Xie et al., algorithm 1, with their betas 1 - ours, and the corrections of their implementation."""
+    b1, b2, b3 = 1 - beta1, 1 - beta2, 1 - beta3
+    m = v = n = 0.0
+    before = gradients[0]
+    for k, g in enumerate(gradients, 1):
+        m = (1 - b1) * m + b1 * g
+        v = (1 - b2) * v + b2 * (g - before)
+        n = (1 - b3) * n + b3 * (g + (1 - b2) * (g - before)) ** 2
+        m_hat, v_hat, n_hat = m / (1 - (1 - b1) ** k), v / (1 - (1 - b2) ** k), n / (1 - (1 - b3) ** k)
+        yield -lr / (math.sqrt(n_hat) + eps) * (m_hat + (1 - b2) * v_hat)
+        before = g
+
+
 PLAIN = [
     (fs.Adamax, dict(lr=0.1, betas=(0.5, 0.75), eps=1e-3), plain_adamax),
     (fs.RAdam, dict(lr=0.1, betas=(0.5, 0.9), eps=1e-3), plain_radam),
@@ -287,6 +306,7 @@ PLAIN = [
         ),
         plain_ftrl,
     ),
+    (fs.Adan, dict(lr=0.1, betas=(0.75, 0.875, 0.5), eps=1e-3), plain_adan),
 ]
 
 

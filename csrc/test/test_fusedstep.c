@@ -213,6 +213,16 @@ static void textbook_ftrl(wide *p, wide g, wide *s, const double *h, int t)
     *p = -sign(s[1]) * beyond / ((h[1] + sqrtl(s[0])) / h[0] + 2 * h[3]);
 }
 
+static void textbook_adan(wide *p, wide g, wide *s, const double *h, int t)
+{
+    const wide diff = t == 1 ? 0 : g - s[3], ahead = g + h[2] * diff;
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] = h[2] * s[1] + (1 - (wide)h[2]) * diff;
+    s[2] = h[3] * s[2] + (1 - (wide)h[3]) * ahead * ahead;
+    s[3] = g;
+    *p -= h[0] * (corrected(s[0], h[1], t) + h[2] * corrected(s[1], h[2], t)) / (sqrtl(corrected(s[2], h[3], t)) + h[4]);
+}
+
 static void test_textbook(void)
 {
     static const struct {
@@ -240,6 +250,7 @@ static void test_textbook(void)
         {"rprop", "lr eta1 eta2 step_size1 step_size2", {0.01, 0.5, 1.25, 0.01, 0.1}, textbook_rprop},
         {"asgd", "lr lambd alpha t0", {0.1, 0.5, 0.75, 5.0}, textbook_asgd},
         {"ftrl", "lr beta l1_regularization_strength l2_regularization_strength", {0.1, 0.5, 0.25, 0.125}, textbook_ftrl},
+        {"adan", "lr beta1 beta2 beta3 eps", {0.01, 0.9, 0.75, 0.99, 1e-3}, textbook_adan},
         {"radam", "lr beta1 beta2 eps", {0.01, 0.9, 0.9, 1e-3}, textbook_radam},
     };
     static const double tolerance[] = {[FS_FLOAT32] = 1e-5, [FS_FLOAT64] = 1e-12};

@@ -193,6 +193,15 @@ ENTRIES = [
         ],
         train={"ftrl": {"lr": 0.05, "initial_accumulator_value": 0.0}},
     ),
+    Entry(
+        rules.Adan,
+        settings=[{}, {"lr": 0.01, "betas": (0.9, 0.5, 0.75), "eps": 1e-6, "weight_decay": 0.1}],
+        invalid=[
+            ({"betas": (0.9, 0.999)}, TypeError, "betas: expected 3 numbers, got (0.9, 0.999)"),
+            ({"betas": (0.9, 0.9, 1.5)}, ValueError, "betas[2]: expected a number in [0, 1), got 1.5"),
+        ],
+        train={"adan": {"lr": 5e-3}},
+    ),
 ]
 
 # Refused for every rule.

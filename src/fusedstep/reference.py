@@ -32,6 +32,7 @@ __all__ = [
     "adam",
     "adamax",
     "adamw",
+    "adan",
     "asgd",
     "ftrl",
     "lion",
@@ -596,6 +597,37 @@ def ftrl(
         z += g - (root - before) * rate * p
         beyond = np.clip(z, -l1, l1) - z
         p[:] = np.where(beyond == 0, 0, beyond / (root * rate + l2))
+
+
+def adan(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_diff: Array,
+    exp_avg_sq: Array,
+    pre_grad: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+    eps: float = 1e-8,
+    **stages: Unpack[Stages],
+) -> None:
+    """Adan; weight decay is decoupled unless given; see :class:`fusedstep.Adan`."""
+    beta1, beta2, beta3 = betas
+    stages.setdefault("decoupled_weight_decay", True)
+    states = exp_avg, exp_avg_diff, exp_avg_sq, pre_grad
+    with operands(param, grad, *states, lr=lr, **stages) as (p, g, m, v, n, before):
+        diff = g - before if step > 1 else np.zeros_like(g)
+        ahead = g + beta2 * diff
+        m += (1 - beta1) * (g - m)
+        v += (1 - beta2) * (diff - v)
+        n[:] = beta3 * n + (1 - beta3) * ahead * ahead
+        before[:] = g
+        step_size = lr / (1 - beta1**step)
+        diff_step_size = lr * beta2 / (1 - beta2**step)
+        rsqrt_correction3 = 1 / math.sqrt(1 - beta3**step)
+        p -= (step_size * m + diff_step_size * v) / (np.sqrt(n) * rsqrt_correction3 + eps)
 
 
 # ---- Norms --------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "Adan",
     "Lion",
     "RAdam",
     "RMSprop",
@@ -981,3 +982,72 @@ class FTRL(Optimizer):
     @staticmethod
     def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
         return float(hyper["initial_accumulator_value"]) if name == "accumulator" else 0.0
+
+
+class Adan(Optimizer):
+    r"""Adan: Adam with Nesterov momentum, by an average of how gradients change.
+
+    .. math::
+
+        d_t &= g_t - g_{t-1} \qquad (d_1 = 0) \\
+        m_t &= m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}) \\
+        v_t &= v_{t-1} + (1 - \beta_2) (d_t - v_{t-1}) \\
+        n_t &= \beta_3 n_{t-1} + (1 - \beta_3) (g_t + \beta_2 d_t)^2 \\
+        p_t &= p_{t-1} - \gamma \left(\frac{m_t}{1 - \beta_1^t} + \frac{\beta_2 v_t}{1 - \beta_2^t}\right) \bigg/
+               \left(\frac{\sqrt{n_t}}{\sqrt{1 - \beta_3^t}} + \epsilon\right)
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options. ``decoupled_weight_decay`` is True unless given: the
+        authors' ``no_prox=True``, and to first order their :math:`p / (1 + \gamma \lambda)` after the step.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : three floats
+        :math:`\beta_1, \beta_2, \beta_3`, of the states ``exp_avg`` (:math:`m`), ``exp_avg_diff`` (:math:`v`) and
+        ``exp_avg_sq`` (:math:`n`); as in the authors' implementation, in the paper these are :math:`1 - \beta`.
+    eps : float
+        :math:`\epsilon`, outside the corrected root.
+
+    Notes
+    -----
+    The state ``pre_grad`` has the gradient of the step before. In optax :math:`(1 - \beta_2) d_t` stands where the paper and
+    its implementation have, in this notation, :math:`\beta_2 d_t`, and so with :math:`v_t`.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.Adan([w], lr=0.5, eps=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1])])
+    >>> w.round(12)
+    array([-0.5,  0.5])
+
+    References
+    ----------
+    Xie et al., "Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep Models" (2022), algorithm 1.
+    """
+
+    _rule = staticmethod(reference.adan)
+    _option_defaults: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
+    _non_negative_states = ("exp_avg_sq",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        betas: tuple[Hyper, Hyper, Hyper] = (0.98, 0.92, 0.99),
+        eps: Hyper = 1e-8,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_diff", "exp_avg_sq", "pre_grad")
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # What it differs from the next gradient by may be much smaller than it is.
+        return ("pre_grad",)
