@@ -179,6 +179,13 @@ static float inverse_scale_of(uint32_t largest)
 #define RULE(name)   static inline __attribute__((always_inline)) void FN(name##_element)
 #define HELPER(name) static inline __attribute__((always_inline)) real FN(name)
 
+/* To be said before a loop: of many arrays GCC does not believe it by `restrict`, and would test each pair or give up. */
+#ifdef __clang__
+#define ELEMENTS_ARE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define ELEMENTS_ARE_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 /* The loop around a rule, by its number of states. */
 #define LOOP(name, family, n_states)                                                                             \
     TARGET static void FN(name)(size_t n, void *param_, const void *grad_, void *const *state, double factor_,   \
@@ -189,6 +196,7 @@ static float inverse_scale_of(uint32_t largest)
         real *restrict param = param_;                                                                           \
         const real *restrict grad = grad_;                                                                       \
         LOOP_POINTERS_##n_states                                                                                 \
+        ELEMENTS_ARE_INDEPENDENT                                                                                 \
         for (size_t i = 0; i < n; i++) {                                                                         \
             real p = param[i] * decay, g = grad[i] * factor;                                                     \
             LOOP_BODY_##n_states(FN(name##_element))                                                             \
@@ -238,12 +246,6 @@ static float inverse_scale_of(uint32_t largest)
         }                                                                                                        \
         from = to;                                                                                               \
     }
-
-#ifdef __clang__
-#define ELEMENTS_ARE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define ELEMENTS_ARE_INDEPENDENT _Pragma("GCC ivdep")
-#endif
 
 /* ---- The tables --------------------------------------------------------------------------------------------------- */
 

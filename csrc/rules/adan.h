@@ -34,7 +34,7 @@ static void adan_prepare(const adan_hyper *h, double step, adan_coefs *c)
 
 RULE(adan)(real *p, real g, real *exp_avg, real *exp_avg_diff, real *exp_avg_sq, real *pre_grad, const adan_coefs *c)
 {
-    real diff = c->is_first != 0 ? 0 : g - *pre_grad, ahead = g + (real)c->beta2 * diff;
+    const real diff = c->is_first != 0 ? 0 : g - *pre_grad, ahead = g + (real)c->beta2 * diff;
     *exp_avg = *exp_avg + (real)c->one_minus_beta1 * (g - *exp_avg);
     *exp_avg_diff = *exp_avg_diff + (real)c->one_minus_beta2 * (diff - *exp_avg_diff);
     *exp_avg_sq = (real)c->beta3 * *exp_avg_sq + (real)c->one_minus_beta3 * ahead * ahead;

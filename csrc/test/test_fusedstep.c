@@ -607,8 +607,8 @@ static void test_small_states(void)
         {FS_BFLOAT16, 1.0 / 128, 0}, {FS_INT8, 1.0 / 8, 0x1p-18}, {FS_UINT8, 1.0 / 8, 0x1p-34}};
     static const size_t sizes[] = {1, 255, 256, 257, 1023, 1030, 2048, N};
     enum { SCALES = N / FS_SCALED + 1 };
-    static char expected[FS_MAX_STATES][2 * N + GUARD], data[FS_MAX_STATES][2 * N + GUARD];
-    static float expected_scales[FS_MAX_STATES][SCALES + 1], scales[FS_MAX_STATES][SCALES + 1];
+    static char expected[N_KINDS][2 * N + GUARD], data[N_KINDS][2 * N + GUARD];
+    static float expected_scales[N_KINDS][SCALES + 1], scales[N_KINDS][SCALES + 1];
     for (size_t s = 0; s < LENGTH(sizes); s++) {
         const trio t = make_trio(FS_FLOAT32, 1, &sizes[s]);
         const fs_options options = busy(t.initial, find_rule("adam_amsgrad"));
