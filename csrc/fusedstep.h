@@ -14,7 +14,7 @@ enum {
     FS_BLOCK = 1024,     /* elements in a tile, and in one partial sum */
     FS_LANES = 16,       /* interleaved accumulators of a partial sum */
     FS_SCALED = 256,     /* neighbours that share the scale of an 8-bit state */
-    FS_MAX_STATES = 3,
+    FS_MAX_STATES = 4,
     FS_MAX_HYPER = 8,    /* hyper-parameters of a rule */
     FS_MAX_COEFS = 16    /* per-step coefficients of a rule */
 };

@@ -43,6 +43,15 @@ def test_sizes(entry, settings, dtype, level, rng):
 
 
 @pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_many_steps(entry, settings, dtype, level, rng):
+    """Some rules go on otherwise after some steps."""
+    params = [rng.standard_normal(100).astype(dtype)]
+    grads = [[rng.standard_normal(100).astype(dtype)] for _ in range(30)]
+    compare(entry, settings, params, grads)
+
+
+@pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
 @pytest.mark.parametrize("options", database.OPTIONS, ids=setting_id)
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_options_and_threads(entry, settings, options, num_threads, all_threads, rng):

@@ -227,7 +227,7 @@ RULES = {fs_rule_name(rule).decode(): rule for rule in range(fs_rule_count())}
 def _hyper_places(int rule):
     """Where each C hyper-parameter is found: "lr" at ("lr", None); "beta1", of the pair "betas", at ("betas", 0)."""
     names = fs_rule_hyper_names(rule).decode().split()
-    return [(name[:-1] + "s", int(name[-1]) - 1) if name[-1].isdigit() else (name, None) for name in names]
+    return [(name[:-1] + "s", int(name[-1]) - 1) if name[-1] in "123456789" else (name, None) for name in names]
 
 
 def levels():

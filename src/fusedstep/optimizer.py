@@ -129,6 +129,7 @@ class Optimizer:
     """Whether steps depend on norms of whole arrays."""
     _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}}
     """Whose equations there are, with the defaults that are not those of the signature; REQUIRED for those to be given."""
+    _lengths: ClassVar[dict[str, int]]  # of the hyper-parameters that are several numbers
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -173,6 +174,7 @@ class Optimizer:
             cls.__init__ = with_defaults_of_convention(cls.__init__)  # type: ignore[method-assign]
         # Show the common options in help() and in editors.
         own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name not in ("self", "options")]
+        cls._lengths = {p.name: len(p.default) for p in own if isinstance(p.default, tuple)}
         defaults = _hyper.OPTION_DEFAULTS | cls._option_defaults
         options = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in defaults.items()]
         cls.__signature__ = inspect.Signature(own + options)  # type: ignore[attr-defined]
@@ -267,7 +269,10 @@ class Optimizer:
             raw_before, values = self._resolved.get(i, ([None] * len(raw), {}))
             if not values or not all(map(operator.is_, raw, raw_before)):
                 label = f"param_groups[{i}]." if self._is_grouped else ""
-                values = {key: _hyper.resolve(key, group[key], step, label + key) for key in self._group_defaults}
+                values = {
+                    key: _hyper.resolve(key, group[key], step, label + key, self._lengths.get(key))
+                    for key in self._group_defaults
+                }
                 values["convention"] = self.convention
                 self._check_hyper(values)
                 if all(is_constant(value) for value in raw):

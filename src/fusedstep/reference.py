@@ -28,7 +28,27 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-__all__ = ["adadelta", "adagrad", "adam", "adamw", "lamb", "lars", "nadam", "rmsprop", "sgd"]
+__all__ = [
+    "adabelief",
+    "adadelta",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "adan",
+    "asgd",
+    "ftrl",
+    "lamb",
+    "lars",
+    "lion",
+    "nadam",
+    "radam",
+    "rmsprop",
+    "rprop",
+    "sgd",
+    "signum",
+    "yogi",
+]
 
 
 class Stages(TypedDict, total=False):
@@ -561,6 +581,241 @@ def lars(
             ratio = trust_coefficient * param_norm / (direction_norm + eps)
         b[:] = momentum * b + lr * ratio * direction
         p -= momentum * b + lr * ratio * direction if nesterov else b
+
+
+def adamax(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_inf: Array,
+    *,
+    step: int,
+    lr: float = 2e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    **stages: Unpack[Stages],
+) -> None:
+    """Adamax; see :class:`fusedstep.Adamax`."""
+    beta1, beta2 = betas
+    with operands(param, grad, exp_avg, exp_inf, lr=lr, **stages) as (p, g, m, u):
+        m += (1 - beta1) * (g - m)
+        before, now = beta2 * u, np.abs(g) + eps
+        u[:] = np.where(before > now, before, now)
+        p -= lr / (1 - beta1**step) * m / u
+
+
+def radam(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    **stages: Unpack[Stages],
+) -> None:
+    """Rectified Adam; see :class:`fusedstep.RAdam`."""
+    beta1, beta2 = betas
+    power2 = beta2**step
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * power2 / (1 - power2)
+    with operands(param, grad, exp_avg, exp_avg_sq, lr=lr, **stages) as (p, g, m, v):
+        m += (1 - beta1) * (g - m)
+        v[:] = beta2 * v + (1 - beta2) * g * g
+        step_size = lr / (1 - beta1**step)
+        if length > 5:
+            square = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+            p -= step_size * math.sqrt(square) * math.sqrt(1 - power2) * m / (np.sqrt(v) + eps)
+        else:
+            p -= step_size * m
+
+
+def lion(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    *,
+    step: int,
+    lr: float = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.99),
+    **stages: Unpack[Stages],
+) -> None:
+    """Lion; weight decay is decoupled unless given; see :class:`fusedstep.Lion`."""
+    beta1, beta2 = betas
+    stages.setdefault("decoupled_weight_decay", True)
+    with operands(param, grad, exp_avg, lr=lr, **stages) as (p, g, m):
+        p -= lr * np.sign(beta1 * m + (1 - beta1) * g)
+        m[:] = beta2 * m + (1 - beta2) * g
+
+
+def signum(
+    param: Array,
+    grad: Array,
+    momentum_buffer: Array | None = None,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    momentum: float = 0.9,
+    **stages: Unpack[Stages],
+) -> None:
+    """signSGD, with momentum if ``momentum_buffer`` is given; see :class:`fusedstep.Signum`."""
+    require_buffer(momentum_buffer, momentum)
+    with operands(param, grad, momentum_buffer, lr=lr, **stages) as (p, g, *buffer):
+        direction = g
+        if buffer:
+            (b,) = buffer
+            b[:] = direction = momentum * b + (1 - momentum) * g
+        p -= lr * np.sign(direction)
+
+
+def adabelief(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_var: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-16,
+    **stages: Unpack[Stages],
+) -> None:
+    """AdaBelief; see :class:`fusedstep.AdaBelief`."""
+    beta1, beta2 = betas
+    with operands(param, grad, exp_avg, exp_avg_var, lr=lr, **stages) as (p, g, m, s):
+        m += (1 - beta1) * (g - m)
+        surprise = g - m
+        s[:] = beta2 * s + (1 - beta2) * surprise * surprise + eps
+        step_size = lr / (1 - beta1**step)
+        rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
+        p -= step_size * m / (np.sqrt(s) * rsqrt_correction2 + eps)
+
+
+def yogi(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-3,
+    **stages: Unpack[Stages],
+) -> None:
+    """Yogi; see :class:`fusedstep.Yogi`."""
+    beta1, beta2 = betas
+    with operands(param, grad, exp_avg, exp_avg_sq, lr=lr, **stages) as (p, g, m, v):
+        square = g * g
+        m += (1 - beta1) * (g - m)
+        v -= (1 - beta2) * np.sign(v - square) * square
+        step_size = lr / (1 - beta1**step)
+        rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
+        p -= step_size * m / (np.sqrt(v) * rsqrt_correction2 + eps)
+
+
+def rprop(
+    param: Array,
+    grad: Array,
+    prev: Array,
+    step_size: Array,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    etas: tuple[float, float] = (0.5, 1.2),
+    step_sizes: tuple[float, float] = (1e-6, 50.0),
+    **stages: Unpack[Stages],
+) -> None:
+    """Rprop; ``step_size`` starts with ``lr``, which does nothing else; see :class:`fusedstep.Rprop`."""
+    shrink, grow = etas
+    with operands(param, grad, prev, step_size, lr=lr, **stages) as (p, g, before, s):
+        smallest, largest = p.dtype.type(step_sizes[0]), p.dtype.type(step_sizes[1])
+        direction = np.sign(g)
+        same = direction * before
+        s[same > 0] *= grow
+        s[same < 0] *= shrink
+        s[:] = np.where(s < smallest, smallest, np.where(s > largest, largest, s))  # a NaN stays one
+        before[:] = np.where(same < 0, 0, g)
+        p -= np.where(same < 0, 0, direction) * s
+
+
+def asgd(
+    param: Array,
+    grad: Array,
+    ax: Array,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    lambd: float = 1e-4,
+    alpha: float = 0.75,
+    t0: float = 1e6,
+    **stages: Unpack[Stages],
+) -> None:
+    """Averaged gradient descent; see :class:`fusedstep.ASGD`."""
+    eta = lr / (1 + lambd * lr * (step - 1)) ** alpha
+    mu = 1 / max(1, step - 1 - t0)
+    with operands(param, grad, ax, lr=lr, **stages) as (p, g, average):
+        p *= 1 - lambd * eta
+        p -= eta * g
+        average[:] = average + mu * (p - average) if mu < 1 else p
+
+
+def ftrl(
+    param: Array,
+    grad: Array,
+    accumulator: Array,
+    linear: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    beta: float = 0.0,
+    l1_regularization_strength: float = 0.0,
+    l2_regularization_strength: float = 0.0,
+    **stages: Unpack[Stages],
+) -> None:
+    """FTRL-Proximal; see :class:`fusedstep.FTRL`."""
+    rate, l1 = 1 / lr, l1_regularization_strength
+    l2 = beta / lr + 2 * l2_regularization_strength
+    with operands(param, grad, accumulator, linear, lr=lr, **stages) as (p, g, n, z):
+        before = np.sqrt(n)
+        n += g * g
+        root = np.sqrt(n)
+        z += g - (root - before) * rate * p
+        beyond = np.clip(z, -l1, l1) - z
+        p[:] = np.where(beyond == 0, 0, beyond / (root * rate + l2))
+
+
+def adan(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_diff: Array,
+    exp_avg_sq: Array,
+    pre_grad: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+    eps: float = 1e-8,
+    **stages: Unpack[Stages],
+) -> None:
+    """Adan; weight decay is decoupled unless given; see :class:`fusedstep.Adan`."""
+    beta1, beta2, beta3 = betas
+    stages.setdefault("decoupled_weight_decay", True)
+    states = exp_avg, exp_avg_diff, exp_avg_sq, pre_grad
+    with operands(param, grad, *states, lr=lr, **stages) as (p, g, m, v, n, before):
+        diff = g - before if step > 1 else np.zeros_like(g)
+        ahead = g + beta2 * diff
+        m += (1 - beta1) * (g - m)
+        v += (1 - beta2) * (diff - v)
+        n[:] = beta3 * n + (1 - beta3) * ahead * ahead
+        before[:] = g
+        step_size = lr / (1 - beta1**step)
+        diff_step_size = lr * beta2 / (1 - beta2**step)
+        rsqrt_correction3 = 1 / math.sqrt(1 - beta3**step)
+        p -= (step_size * m + diff_step_size * v) / (np.sqrt(n) * rsqrt_correction3 + eps)
 
 
 # ---- Norms --------------------------------------------------------------------------------------------------------------
