@@ -15,10 +15,6 @@ from fusedstep import database, reference
 STEPS = 20
 
 
-def database_settings(optimizer):
-    return [settings for entry, settings in SETTINGS if entry.optimizer is optimizer]
-
-
 def gradients_of(rng, shape):
     return [rng.standard_normal(shape) for _ in range(STEPS)]
 
@@ -325,25 +321,6 @@ def test_against_plain_floats(optimizer, settings, plain, rng):
         opt.step([np.array([g])])
         wanted += change
         assert p[0] == pytest.approx(wanted, rel=1e-12, abs=1e-14)
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
-@pytest.mark.parametrize("settings", database_settings(fs.FTRL), ids=setting_id)
-def test_ftrl_against_keras(settings, rng, monkeypatch):
-    pytest.importorskip("torch")
-    monkeypatch.setenv("KERAS_BACKEND", "torch")
-    keras = pytest.importorskip("keras")
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")  # for the learning rate
-    start, grads = rng.standard_normal(50), gradients_of(rng, 50)
-    settings = {"lr": 0.01, **settings}
-    found = trajectory(fs.FTRL, start, grads, **settings)
-    variable = keras.Variable(start, dtype="float64")
-    opt = keras.optimizers.Ftrl(settings.pop("lr"), **settings)
-    for g in grads:
-        opt.apply([keras.ops.convert_to_tensor(g)], [variable])
-    keras.config.set_floatx(before)
-    np.testing.assert_allclose(found, keras.ops.convert_to_numpy(variable.value), **FLOAT64_TOLERANCE)
 
 
 def test_ftrl_without_any_gradient_is_0():

@@ -242,7 +242,7 @@ static void test_textbook(void)
          textbook_rmsprop_centered_momentum},
         {"adam", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.999, 1e-3}, textbook_adam},
         {"adam_amsgrad", "lr beta1 beta2 eps convention", {0.01, 0.8, 0.5, 1e-3}, textbook_amsgrad},
-        {"adamax", "lr beta1 beta2 eps", {0.01, 0.9, 0.5, 1e-3}, textbook_adamax},
+        {"adamax", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.5, 1e-3}, textbook_adamax},
         {"lion", "lr beta1 beta2", {0.01, 0.5, 0.75}, textbook_lion},
         {"signsgd", "lr momentum", {0.01, 0.0}, textbook_signsgd},
         {"signum", "lr momentum", {0.01, 0.75}, textbook_signum},
@@ -252,7 +252,7 @@ static void test_textbook(void)
         {"asgd", "lr lambd alpha t0", {0.1, 0.5, 0.75, 5.0}, textbook_asgd},
         {"ftrl", "lr beta l1_regularization_strength l2_regularization_strength", {0.1, 0.5, 0.25, 0.125}, textbook_ftrl},
         {"adan", "lr beta1 beta2 beta3 eps", {0.01, 0.9, 0.75, 0.99, 1e-3}, textbook_adan},
-        {"radam", "lr beta1 beta2 eps", {0.01, 0.9, 0.9, 1e-3}, textbook_radam},
+        {"radam", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.9, 1e-3}, textbook_radam},
     };
     static const double tolerance[] = {[FS_FLOAT32] = 1e-5, [FS_FLOAT64] = 1e-12};
     enum { SIZE = 200, STEPS = 20 };

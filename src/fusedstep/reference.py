@@ -593,15 +593,17 @@ def adamax(
     lr: float = 2e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> None:
     """Adamax; see :class:`fusedstep.Adamax`."""
     beta1, beta2 = betas
     with operands(param, grad, exp_avg, exp_inf, lr=lr, **stages) as (p, g, m, u):
         m += (1 - beta1) * (g - m)
-        before, now = beta2 * u, np.abs(g) + eps
+        eps_inside, eps_outside = (0.0, eps) if convention in ("keras", "tf") else (eps, 0.0)
+        before, now = beta2 * u, np.abs(g) + eps_inside
         u[:] = np.where(before > now, before, now)
-        p -= lr / (1 - beta1**step) * m / u
+        p -= lr / (1 - beta1**step) * m / (u + eps_outside)
 
 
 def radam(
@@ -614,10 +616,13 @@ def radam(
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> None:
     """Rectified Adam; see :class:`fusedstep.RAdam`."""
     beta1, beta2 = betas
+    if convention == "thinc":
+        step += 1
     power2 = beta2**step
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * power2 / (1 - power2)
@@ -625,9 +630,12 @@ def radam(
         m += (1 - beta1) * (g - m)
         v[:] = beta2 * v + (1 - beta2) * g * g
         step_size = lr / (1 - beta1**step)
-        if length > 5:
+        if length > 5 or (length == 5 and convention != "torch"):
             square = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-            p -= step_size * math.sqrt(square) * math.sqrt(1 - power2) * m / (np.sqrt(v) + eps)
+            on_step, on_root = math.sqrt(1 - power2), 1.0
+            if convention == "optax":
+                on_step, on_root = 1.0, 1 / math.sqrt(1 - power2)
+            p -= step_size * math.sqrt(square) * on_step * m / (np.sqrt(v) * on_root + eps)
         else:
             p -= step_size * m
 

@@ -700,6 +700,12 @@ class Adamax(Optimizer):
     """
 
     _rule = staticmethod(reference.adamax)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"lr": 1e-3, "eps": 1e-7, "decoupled_weight_decay": True},
+        "optax": {"lr": REQUIRED},
+        "tf": {"lr": 1e-3, "eps": 1e-7},
+    }
     _non_negative_states = ("exp_inf",)
 
     def __init__(
@@ -761,6 +767,11 @@ class RAdam(Optimizer):
     """
 
     _rule = staticmethod(reference.radam)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "optax": {"lr": REQUIRED},
+        "thinc": {"clip_norm_per_array": 1.0, "decay_mode": "decoupled_after"},
+    }
     _non_negative_states = ("exp_avg_sq",)
 
     def __init__(
@@ -818,6 +829,11 @@ class Lion(Optimizer):
     """
 
     _rule = staticmethod(reference.lion)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"lr": 1e-3, "weight_decay": 0.0},
+        "optax": {"lr": REQUIRED, "weight_decay": 1e-3},
+    }
     _option_defaults: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
 
     def __init__(
@@ -1222,6 +1238,7 @@ class FTRL(Optimizer):
     """
 
     _rule = staticmethod(reference.ftrl)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}, "keras": {"decoupled_weight_decay": True}, "tf": {}}
     _non_negative_states = ("accumulator",)
 
     def __init__(
