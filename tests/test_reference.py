@@ -382,6 +382,14 @@ def test_zero_has_no_sign(optimizer, settings, backend):
     assert np.signbit(p).tolist()[:3] == [False, True, False]
 
 
+def test_signum_averages():
+    """The steps do not tell: their signs are the same for any multiple."""
+    opt = fs.Signum([np.zeros(1)], momentum=0.75, backend="reference")
+    for g, average in ((4.0, 1.0), (8.0, 2.75)):
+        opt.step([np.array([g])])
+        assert opt.state["0"]["momentum_buffer"][0] == average
+
+
 def test_amsgrad_keeps_the_maximum():
     p = np.array([0.0])
     opt = fs.Adam([p], amsgrad=True, backend="reference")
