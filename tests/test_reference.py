@@ -355,7 +355,7 @@ def test_ftrl_without_any_gradient_is_0():
 def test_asgd_averages():
     p = np.zeros(1)
     opt, values = fs.ASGD([p], lr=0.5, lambd=0.0, t0=2.0, backend="reference"), []
-    for g in (1.0, 2.0, -3.0, 1.0, 4.0, -2.0):
+    for g in (1.0, 2.0, -3.0, 1.0, 4.0, -1.0):
         opt.step([np.array([g])])
         values.append(float(p[0]))
     # The parameter itself until mu = 1 / (step - 1 - t0) is below 1: then the mean from there on.
