@@ -332,7 +332,7 @@ def test_ftrl_without_any_gradient_is_0():
 def test_asgd_averages():
     p = np.zeros(1)
     opt, values = fs.ASGD([p], lr=0.5, lambd=0.0, t0=2.0, backend="reference"), []
-    for g in (1.0, 2.0, -3.0, 1.0, 4.0, -2.0):
+    for g in (1.0, 2.0, -3.0, 1.0, 4.0, -1.0):
         opt.step([np.array([g])])
         values.append(float(p[0]))
     # The parameter itself until mu = 1 / (step - 1 - t0) is below 1: then the mean from there on.
@@ -357,6 +357,14 @@ def test_zero_has_no_sign(optimizer, settings, backend):
     opt.step([np.array([0.0, -0.0, -0.0, np.nan])])
     np.testing.assert_array_equal(p, [1.0, -0.0, 0.0, np.nan])
     assert np.signbit(p).tolist()[:3] == [False, True, False]
+
+
+def test_signum_averages():
+    """The steps do not tell: their signs are the same for any multiple."""
+    opt = fs.Signum([np.zeros(1)], momentum=0.75, backend="reference")
+    for g, average in ((4.0, 1.0), (8.0, 2.75)):
+        opt.step([np.array([g])])
+        assert opt.state["0"]["momentum_buffer"][0] == average
 
 
 def test_amsgrad_keeps_the_maximum():
