@@ -526,6 +526,9 @@ static void scale_pass(fs_pass *pass)
         any = any || fs_rule_is_scaled(plan->groups[i].rule);
     if (!any)
         return;
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        if (fs_rule_is_scaled(plan->groups[plan->arrays[i].group].rule))
+            fs_array_for_sums(&plan->arrays[i]);
     pass->work = scale_work;
     run_pass(pass);
     finish_stat(plan, FS_PARAM_SQUARES);

@@ -61,7 +61,6 @@ int fs_rule_count(void);
 const char *fs_rule_name(int rule);
 const char *fs_rule_hyper_names(int rule);    /* space-separated, in the order `fs_group.hyper` wants; lr comes first */
 int fs_rule_states(int rule);
-bool fs_rule_is_scaled(int rule);             /* by norms of whole arrays: these have to be marked by fs_array_for_sums */
 
 /* The arrays that belong to one parameter. */
 enum { FS_PARAM, FS_GRAD, FS_STATE, FS_AVERAGE = FS_STATE + FS_MAX_STATES, FS_RESIDUAL, FS_N_OPERANDS };
@@ -142,7 +141,7 @@ typedef struct {
     double *clip_factors;
     bool has_stats;
     double *block_stats[FS_N_STATS], *stats[FS_N_STATS];    /* by array */
-    double (*coefs)[FS_MAX_COEFS];    /* by array, of scaled rules */
+    double (*coefs)[FS_MAX_COEFS]; /* by array, of rules whose steps are scaled by norms */
     double step;                   /* number of steps applied */
     unsigned long long seed;       /* of random rounding */
 } fs_plan;
@@ -170,9 +169,6 @@ fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups, bool has_stats);
 fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape);
 fs_status fs_plan_finish(fs_plan *plan);
 void fs_plan_free(fs_plan *plan);
-
-/* Before its operands are set: sums will be made of what is updated. Plans with stats have done so. */
-void fs_array_for_sums(fs_array *array);
 
 /* Say where an operand lies; strides in bytes. A run of the compute type is used in place, all else goes through tiles. */
 void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool aligned, const ptrdiff_t *strides);

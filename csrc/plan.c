@@ -1,5 +1,5 @@
 /* Plans: which arrays a step works on. */
-#include "kernels.h"
+#include "tiles.h"
 
 #include <stdlib.h>
 
@@ -39,14 +39,9 @@ fs_status fs_plan_finish(fs_plan *plan)
     plan->n_elements = plan->first_element[plan->n_arrays];
     const size_t n_blocks = plan->first_block[plan->n_arrays];
     plan->block_sums = calloc(n_blocks + 1, sizeof *plan->block_sums);
-    bool complete = plan->block_sums != NULL, sums = plan->has_stats;
-    for (size_t i = 0; i < plan->n_arrays; i++)
-        sums = sums || plan->arrays[i].in_c_order;
-    if (sums) {
-        plan->coefs = calloc(plan->n_arrays + 1, sizeof *plan->coefs);
-        complete = complete && plan->coefs;
-    }
-    for (int s = 0; s < FS_N_STATS && sums; s++) {
+    plan->coefs = calloc(plan->n_arrays + 1, sizeof *plan->coefs);
+    bool complete = plan->block_sums && plan->coefs;
+    for (int s = 0; s < FS_N_STATS; s++) {
         plan->block_stats[s] = calloc(n_blocks + 1, sizeof *plan->block_stats[s]);
         plan->stats[s] = calloc(plan->n_arrays + 1, sizeof *plan->stats[s]);
         complete = complete && plan->block_stats[s] && plan->stats[s];

@@ -37,11 +37,6 @@ fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape)
     return FS_OK;
 }
 
-void fs_array_for_sums(fs_array *array)
-{
-    array->in_c_order = array->in_blocks = true;
-}
-
 /* The gradient's dimensions in C order, without those of size 1, neighbours merged when one stride walks both. */
 static void arrange_grad(fs_array *array)
 {
@@ -185,6 +180,17 @@ static bool rows_are_runs(const fs_array *array, int o)
     return has_long_rows(array) || across->chunk == 1 || blocks_are_runs;
 }
 
+static void arrange(fs_array *array)
+{
+    if (array->size == 0)
+        return;
+    arrange_loops(array);
+    arrange_tiles(array);
+    array->is_run = array->n_loops == 2;
+    for (int o = 0; o < FS_N_OPERANDS; o++)
+        array->is_run = array->is_run && (!array->operand[o].data || rows_are_runs(array, o));
+}
+
 void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool aligned, const ptrdiff_t *strides)
 {
     fs_operand *changed = &array->operand[operand];
@@ -197,15 +203,17 @@ void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool
         array->real = dtype == FS_FLOAT64 ? FS_FLOAT64 : FS_FLOAT32;
         array->item = fs_dtype_size(array->real);
     }
-    if (array->size == 0)
-        return;
-    if (operand == FS_GRAD)
+    if (operand == FS_GRAD && array->size > 0)
         arrange_grad(array);
-    arrange_loops(array);
-    arrange_tiles(array);
-    array->is_run = array->n_loops == 2;
-    for (int o = 0; o < FS_N_OPERANDS; o++)
-        array->is_run = array->is_run && (!array->operand[o].data || rows_are_runs(array, o));
+    arrange(array);
+}
+
+void fs_array_for_sums(fs_array *array)
+{
+    const bool known = array->in_c_order;
+    array->in_c_order = array->in_blocks = true;
+    if (!known && array->operand[FS_PARAM].data)
+        arrange(array);
 }
 
 void fs_array_set_small(fs_array *array, int operand, void *data, fs_dtype dtype, float *scales)
@@ -301,7 +309,7 @@ void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int o,
         return data;
     else
         move(k, array, o, array->loops, array->n_loops, start, count, run, false);
-    if (o == FS_PARAM && array->operand[FS_RESIDUAL].data)
+    if (o == FS_PARAM && k->join[array->rounding][operand->dtype])
         k->join[array->rounding][operand->dtype](count, run, residual_from(array, start));
     return run;
 }

@@ -10,6 +10,9 @@ enum { CACHE_LINE = 64 };
  * gives a thread 128 KB. */
 typedef struct { _Alignas(64) double run[FS_N_OPERANDS][3 * FS_BLOCK / 2]; } fs_tile;
 
+/* From now on go through an array in C order and in blocks, since sums are made of what is updated. */
+void fs_array_for_sums(fs_array *array);
+
 /* Elements [start, start + count) of the gradient in C order, copied to a run. */
 void fs_load_in_c_order(const fs_kernels *k, const fs_array *array, size_t start, size_t count, void *run);
 

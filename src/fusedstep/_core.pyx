@@ -104,7 +104,6 @@ cdef extern from "fusedstep.h" nogil:
     const char *fs_rule_name(int rule)
     const char *fs_rule_hyper_names(int rule)
     int fs_rule_states(int rule)
-    bint fs_rule_is_scaled(int rule)
 
     enum:
         FS_PARAM
@@ -165,7 +164,6 @@ cdef extern from "fusedstep.h" nogil:
     fs_status fs_plan_finish(fs_plan *plan)
     void fs_plan_free(fs_plan *plan)
     fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape)
-    void fs_array_for_sums(fs_array *array)
     size_t fs_dtype_size(fs_dtype dtype)
     void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bint aligned, const ptrdiff_t *strides)
     void fs_array_set_small(fs_array *array, int operand, void *data, fs_dtype dtype, float *scales)
@@ -473,8 +471,6 @@ cdef class Plan:
             array.group = groups[i]
             param = <PyArrayObject *><cnp.ndarray>params[i]
             check(fs_array_init(array, PyArray_NDIM(param), PyArray_DIMS(param)))
-            if fs_rule_is_scaled(self.plan.groups[array.group].rule):
-                fs_array_for_sums(array)
             self.set_written(i, FS_PARAM, params[i])
             states, scales, average, low_precision, residual = operands[i]
             if rules[groups[i]] is not None and len(states) != fs_rule_states(self.plan.groups[array.group].rule):
