@@ -34,6 +34,7 @@ FILES.remove("rules/roofline.h")  # no rule, but the speed limit that rules are 
 # Cheap and strong ones first.
 C_TESTS = [
     "textbook",
+    "conventions",
     "negative_variance",
     "settings",
     "out_of_memory",
@@ -47,6 +48,8 @@ C_TESTS = [
     "stages",
     "after_the_rule",
     "small_states",
+    "join_and_part",
+    "blocks",
     "runs_have_ends",
     "grad_scale",
     "guard_pages",
@@ -57,6 +60,7 @@ C_TESTS = [
     "levels_and_threads",
     "norms",
 ]
+C_TEST_FILES = ["test/test_fusedstep.c", "test/test_blocks.c", "test/harness.c"]
 PYTHON_TESTS = ["test_kernels.py", "test_interface.py", "test_failures.py", "test_bits.py"]
 FLAGS = ["-std=c11", "-O1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp", "-Wall", "-Werror"]
 ENVIRONMENT = {**os.environ, "QUICK": "1", "OMP_WAIT_POLICY": "passive"}
@@ -267,7 +271,7 @@ class Worker:
         opposite = definition.replace("min_size", "max_size").replace("<", ">")
         header.write_text(header.read_text().replace(definition, f"{definition}\n{opposite}"))
         self.sources = [path.name for path in sorted(self.folder.glob("csrc/*.c"))]
-        for name in [*self.sources, "test/test_fusedstep.c"]:
+        for name in [*self.sources, *C_TEST_FILES]:
             assert self.compile(name), name
 
     def run(self, command: list[str | Path], timeout: float) -> bool:
@@ -301,7 +305,8 @@ class Worker:
         objects = [Path(name).stem + ".o" for name in self.sources]
         program = "./test_fusedstep"
         link = ["-fopenmp", "-Wl,--wrap=calloc", "-lm", "-lpthread"]
-        if not self.run(["gcc", *objects, "test_fusedstep.o", "-o", program, *link], 60):
+        tests = [Path(name).stem + ".o" for name in C_TEST_FILES]
+        if not self.run(["gcc", *objects, *tests, "-o", program, *link], 60):
             return "the linker"
         for test in C_TESTS:
             if not self.run([program, test], 15):
