@@ -228,8 +228,8 @@ void test_small_states(void)
 
 /* ---- Blocks of arrays of every kind ---------------------------------------------------------------------------------- */
 
-static const ptrdiff_t shapes[][3] = {{3, 0, 2},   {1, 1, 1},   {3, 5, 17}, {4, 8, 8},  {1, 257, 1},
-                                      {3, 11, 31}, {4, 16, 16}, {5, 5, 41}, {2, 25, 100}};
+static const ptrdiff_t shapes[][3] = {{2, 25, 100}, {1, 1, 1},   {3, 0, 2},   {3, 5, 17}, {4, 8, 8},
+                                      {1, 257, 1},  {3, 11, 31}, {4, 16, 16}, {5, 5, 41}};
 enum { N_TURNS = 2, N_ARRAYS = LENGTH(kinds) * LENGTH(shapes) * N_TURNS, N_STEPS = 3, MARGIN = 64 };
 
 /* What an array is to be, without gaps in the order of the elements. */
