@@ -1,5 +1,4 @@
 /* Fixed pieces of work whose instructions are counted (bench/instructions.py). Each makes some steps in one thread. */
-#pragma GCC diagnostic ignored "-Wunused-function"    /* of the harness, this takes a part */
 #include "harness.h"
 
 enum { STEPS = 10 };
