@@ -475,6 +475,16 @@ def test_what_torch_does_not_have(rule, settings, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("rule", ["Adam", "AdamW"])
+@pytest.mark.parametrize("decay", ["coupled", "decoupled"])
+def test_decay_of_torch(rule, decay):
+    """Both rules there are one with a flag, which either may have here."""
+    pytest.importorskip("torch")
+    for settings in ({"decay_mode": decay}, {"decoupled_weight_decay": decay == "decoupled"}):
+        opt = getattr(fs, rule)([np.ones(2)], weight_decay=0.1, **settings)
+        assert interop.to_torch(opt)["param_groups"][0]["decoupled_weight_decay"] is (decay == "decoupled")
+
+
 def test_schedules_go_to_torch_as_numbers():
     pytest.importorskip("torch")
     opt = fs.SGD([np.ones(2)], lr=lambda step: 0.5**step)
