@@ -344,6 +344,9 @@ static size_t before_cache_line(const fs_array *array, size_t start)
 typedef struct {
     const fs_kernels *k;
     const fs_group *group;
+    int rule;
+    double decay;
+    const double *coefs;
     fs_stages stages;
     double grad_scale, factor;    /* the factor is a multiplication that costs the rule nothing */
     bool zero, stage_grad, bound, average, clear;
@@ -355,6 +358,9 @@ static fs_work work_on(const fs_pass *pass, size_t i)
     const fs_array *array = &pass->plan->arrays[i];
     const fs_group *group = &pass->plan->groups[array->group];
     fs_work w = {.k = pass->kernels[array->real], .group = group, .grad_scale = pass->options->grad_scale};
+    w.rule = group->rule;
+    w.decay = group->decay;
+    w.coefs = fs_rule_is_scaled(group->rule) ? pass->plan->coefs[i] : group->coefs;
     w.stages = stages_of(group, pass->plan->clip_factors[i]);
     w.zero = pass->options->nonfinite == FS_NONFINITE_ZERO && pass->plan->norms[i].n_nonfinite > 0;
     w.stage_grad = w.grad_scale != 1.0 || w.zero || has_stages(&w.stages);
@@ -366,15 +372,21 @@ static fs_work work_on(const fs_pass *pass, size_t i)
     return w;
 }
 
-/* From the gradient to the new parameter. A gradient that is changed on its way goes to `room`. */
-static void update_row(const fs_work *w, size_t n, void *const *at, void *room)
+/* From the gradient through the rule. A gradient that is changed on its way goes to `room`. */
+static void apply_rule(const fs_work *w, size_t n, void *const *at, void *room)
 {
     const void *grad = at[FS_GRAD];
     if (w->stage_grad) {
         grad = w->k->unscale(n, grad, room, w->grad_scale, w->zero);
         grad = w->k->apply_stages(n, grad, room, at[FS_PARAM], &w->stages);
     }
-    w->k->rule[w->group->rule](n, at[FS_PARAM], grad, &at[FS_STATE], w->factor, w->group->decay, w->group->coefs);
+    w->k->rule[w->rule](n, at[FS_PARAM], grad, &at[FS_STATE], w->factor, w->decay, w->coefs);
+}
+
+/* From the gradient to the new parameter. */
+static void update_row(const fs_work *w, size_t n, void *const *at, void *room)
+{
+    apply_rule(w, n, at, room);
     if (w->group->decay_after != 1.0) {
         const fs_stages decay = {.factor = w->group->decay_after, .clip_value = INFINITY};
         w->k->apply_stages(n, at[FS_PARAM], at[FS_PARAM], NULL, &decay);
@@ -470,6 +482,62 @@ static void fetch(const fs_array *array, int o, size_t start)
             __builtin_prefetch(operand->data + start * item + line);
 }
 
+/* Norms for scaled rules: of the parameter, with its decay, and of the direction of its step; nothing else changes. */
+static void scale_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
+{
+    const fs_plan *plan = pass->plan;
+    const fs_array *array = &plan->arrays[i];
+    fs_work w = work_on(pass, i);
+    if (!fs_rule_is_scaled(w.rule))
+        return;
+    const fs_stages decay = {.factor = w.decay, .clip_value = INFINITY};
+    w.coefs = w.group->coefs;
+    w.rule = fs_rule_direction(w.rule);
+    w.decay = 1.0;
+    for (; start < end; start += FS_BLOCK) {
+        const size_t count = min_size(end - start, FS_BLOCK), block = plan->first_block[i] + start / FS_BLOCK;
+        void *at[FS_N_OPERANDS];
+        for (int o = 0; o < w.n_operands; o++) {
+            at[o] = tile->run[o];
+            const void *found = fs_load_in_memory_order(w.k, array, o, start, count, at[o]);
+            if (found != at[o])
+                memcpy(at[o], found, count * array->item);
+        }
+        w.k->apply_stages(count, at[FS_PARAM], at[FS_PARAM], NULL, &decay);
+        w.k->sum_squares(count, at[FS_PARAM], 1.0, &plan->block_stats[FS_PARAM_SQUARES][block]);
+        apply_rule(&w, count, at, at[FS_GRAD]);
+        w.k->sum_squares(count, at[FS_PARAM], 1.0, &plan->block_stats[FS_UPDATE_SQUARES][block]);
+    }
+}
+
+static void finish_stat(fs_plan *plan, int stat)
+{
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        plan->stats[stat][i] = pairwise_sum(plan->block_stats[stat] + plan->first_block[i],
+                                            plan->first_block[i + 1] - plan->first_block[i]);
+}
+
+/* Coefficients of each array with a scaled rule, if there is any. */
+static void scale_pass(fs_pass *pass)
+{
+    fs_plan *plan = pass->plan;
+    bool any = false;
+    for (size_t i = 0; i < plan->n_groups; i++)
+        any = any || fs_rule_is_scaled(plan->groups[i].rule);
+    if (!any)
+        return;
+    pass->work = scale_work;
+    run_pass(pass);
+    finish_stat(plan, FS_PARAM_SQUARES);
+    finish_stat(plan, FS_UPDATE_SQUARES);
+    for (size_t i = 0; i < plan->n_arrays; i++) {
+        const fs_group *group = &plan->groups[plan->arrays[i].group];
+        memcpy(plan->coefs[i], group->coefs, sizeof plan->coefs[i]);
+        fs_rule_scale(group->rule, group->hyper, sqrt(plan->stats[FS_PARAM_SQUARES][i]),
+                      sqrt(plan->stats[FS_UPDATE_SQUARES][i]), plan->coefs[i]);
+    }
+}
+
 /* The parameter before and after the update of a block; the change goes where it was before. */
 static void add_stats(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t count, void *before, char *copy)
 {
@@ -559,12 +627,11 @@ void fs_update(fs_plan *plan, const fs_options *options)
                                                              : 1.0;
         group->decay_after = group->decay_mode == FS_DECOUPLED_AFTER ? decoupled : 1.0;
     }
+    scale_pass(&pass);
     pass.work = update_work;
     run_pass(&pass);
     for (int s = 0; s < FS_N_STATS && plan->has_stats; s++)
-        for (size_t i = 0; i < plan->n_arrays; i++)
-            plan->stats[s][i] = pairwise_sum(plan->block_stats[s] + plan->first_block[i],
-                                             plan->first_block[i + 1] - plan->first_block[i]);
+        finish_stat(plan, s);
 }
 
 /* ---- Gradients alone ------------------------------------------------------------------------------------------------ */

@@ -14,7 +14,7 @@ enum {
     FS_BLOCK = 1024,     /* elements in a tile, and in one partial sum */
     FS_LANES = 16,       /* interleaved accumulators of a partial sum */
     FS_SCALED = 256,     /* neighbours that share the scale of an 8-bit state */
-    FS_MAX_STATES = 3,
+    FS_MAX_STATES = 4,
     FS_MAX_HYPER = 8,    /* hyper-parameters of a rule */
     FS_MAX_COEFS = 16    /* per-step coefficients of a rule */
 };
@@ -61,6 +61,7 @@ int fs_rule_count(void);
 const char *fs_rule_name(int rule);
 const char *fs_rule_hyper_names(int rule);    /* space-separated, in the order `fs_group.hyper` wants; lr comes first */
 int fs_rule_states(int rule);
+bool fs_rule_is_scaled(int rule);             /* by norms of whole arrays: these have to be marked by fs_array_for_sums */
 
 /* The arrays that belong to one parameter. */
 enum { FS_PARAM, FS_GRAD, FS_STATE, FS_AVERAGE = FS_STATE + FS_MAX_STATES, FS_RESIDUAL, FS_N_OPERANDS };
@@ -141,6 +142,7 @@ typedef struct {
     double *clip_factors;
     bool has_stats;
     double *block_stats[FS_N_STATS], *stats[FS_N_STATS];    /* by array */
+    double (*coefs)[FS_MAX_COEFS];    /* by array, of scaled rules */
     double step;                   /* number of steps applied */
     unsigned long long seed;       /* of random rounding */
 } fs_plan;
@@ -168,6 +170,9 @@ fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups, bool has_stats);
 fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape);
 fs_status fs_plan_finish(fs_plan *plan);
 void fs_plan_free(fs_plan *plan);
+
+/* Before its operands are set: sums will be made of what is updated. Plans with stats have done so. */
+void fs_array_for_sums(fs_array *array);
 
 /* Say where an operand lies; strides in bytes. A run of the compute type is used in place, all else goes through tiles. */
 void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bool aligned, const ptrdiff_t *strides);

@@ -250,6 +250,13 @@ static void part_master(size_t n, void *param, void *residual, const uint32_t *r
 #define RULE(name)   static inline __attribute__((always_inline)) void FN(name##_element)
 #define HELPER(name) static inline __attribute__((always_inline)) real FN(name)
 
+/* To be said before a loop: of many arrays GCC does not believe it by `restrict`, and would test each pair or give up. */
+#ifdef __clang__
+#define ELEMENTS_ARE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define ELEMENTS_ARE_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 /* The loop around a rule, by its number of states. */
 #define LOOP(name, family, n_states)                                                                             \
     TARGET static void FN(name)(size_t n, void *param_, const void *grad_, void *const *state, double factor_,   \
@@ -260,6 +267,7 @@ static void part_master(size_t n, void *param, void *residual, const uint32_t *r
         real *restrict param = param_;                                                                           \
         const real *restrict grad = grad_;                                                                       \
         LOOP_POINTERS_##n_states                                                                                 \
+        ELEMENTS_ARE_INDEPENDENT                                                                                 \
         for (size_t i = 0; i < n; i++) {                                                                         \
             real p = param[i] * decay, g = grad[i] * factor;                                                     \
             LOOP_BODY_##n_states(FN(name##_element))                                                             \
@@ -271,6 +279,7 @@ static void part_master(size_t n, void *param, void *residual, const uint32_t *r
 #define LOOP_POINTERS_1 real *restrict state0 = state[0];
 #define LOOP_POINTERS_2 LOOP_POINTERS_1 real *restrict state1 = state[1];
 #define LOOP_POINTERS_3 LOOP_POINTERS_2 real *restrict state2 = state[2];
+#define LOOP_POINTERS_4 LOOP_POINTERS_3 real *restrict state3 = state[3];
 
 #define LOOP_BODY_0(element) element(&p, g, &coefs);
 #define LOOP_BODY_1(element)                                                                                     \
@@ -288,6 +297,13 @@ static void part_master(size_t n, void *param, void *residual, const uint32_t *r
     state0[i] = a;                                                                                               \
     state1[i] = b;                                                                                               \
     state2[i] = d;
+#define LOOP_BODY_4(element)                                                                                     \
+    real a = state0[i], b = state1[i], d = state2[i], e = state3[i];                                             \
+    element(&p, g, &a, &b, &d, &e, &coefs);                                                                      \
+    state0[i] = a;                                                                                               \
+    state1[i] = b;                                                                                               \
+    state2[i] = d;                                                                                               \
+    state3[i] = e;
 
 /* ---- Stages ------------------------------------------------------------------------------------------------------- */
 
@@ -301,12 +317,6 @@ static void part_master(size_t n, void *param, void *residual, const uint32_t *r
         }                                                                                                        \
         from = to;                                                                                               \
     }
-
-#ifdef __clang__
-#define ELEMENTS_ARE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define ELEMENTS_ARE_INDEPENDENT _Pragma("GCC ivdep")
-#endif
 
 /* ---- The tables --------------------------------------------------------------------------------------------------- */
 
@@ -420,5 +430,32 @@ void fs_rule_prepare(int rule, const double *hyper, double step, double *coefs)
         break;
 #include "rules.def"
 #undef FS_RULE
+    }
+}
+
+#define FS_RULE(name, family, n_states)
+
+bool fs_rule_is_scaled(int rule)
+{
+    return fs_rule_direction(rule) != rule;
+}
+
+int fs_rule_direction(int rule)
+{
+    switch (rule) {
+#define FS_SCALED_RULE(name, family, n_states) case FS_RULE_##name: return FS_RULE_##name##_direction;
+#include "rules.def"
+    default: return rule;
+    }
+}
+
+void fs_rule_scale(int rule, const double *hyper, double param_norm, double direction_norm, double *coefs)
+{
+    switch (rule) {
+#define FS_SCALED_RULE(name, family, n_states)                                                                   \
+    case FS_RULE_##name:                                                                                         \
+        family##_scale((const family##_hyper *)hyper, param_norm, direction_norm, (family##_coefs *)coefs);      \
+        break;
+#include "rules.def"
     }
 }

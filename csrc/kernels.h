@@ -63,6 +63,10 @@ const fs_kernels *fs_kernels_of(fs_level level, fs_dtype real);
 /* The rule's coefficients for the step with this number, from its hyper-parameters. */
 void fs_rule_prepare(int rule, const double *hyper, double step, double *coefs);
 
+/* Of a scaled rule: what is left of that for an array, of these norms; and the kernel of its direction. */
+void fs_rule_scale(int rule, const double *hyper, double param_norm, double direction_norm, double *coefs);
+int fs_rule_direction(int rule);
+
 /* How many threads a pass over this many elements should use. `asked` is 0 for the default. */
 int fs_threads_for(size_t n_elements, int asked);
 

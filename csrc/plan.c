@@ -24,7 +24,8 @@ fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups, bool has_stats)
         return NULL;
     }
     for (size_t i = 0; i < n_arrays; i++)
-        plan->arrays[i].in_blocks = plan->arrays[i].in_c_order = has_stats;
+        if (has_stats)
+            fs_array_for_sums(&plan->arrays[i]);
     return plan;
 }
 
@@ -38,8 +39,14 @@ fs_status fs_plan_finish(fs_plan *plan)
     plan->n_elements = plan->first_element[plan->n_arrays];
     const size_t n_blocks = plan->first_block[plan->n_arrays];
     plan->block_sums = calloc(n_blocks + 1, sizeof *plan->block_sums);
-    bool complete = plan->block_sums != NULL;
-    for (int s = 0; s < FS_N_STATS && plan->has_stats; s++) {
+    bool complete = plan->block_sums != NULL, sums = plan->has_stats;
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        sums = sums || plan->arrays[i].in_c_order;
+    if (sums) {
+        plan->coefs = calloc(plan->n_arrays + 1, sizeof *plan->coefs);
+        complete = complete && plan->coefs;
+    }
+    for (int s = 0; s < FS_N_STATS && sums; s++) {
         plan->block_stats[s] = calloc(n_blocks + 1, sizeof *plan->block_stats[s]);
         plan->stats[s] = calloc(plan->n_arrays + 1, sizeof *plan->stats[s]);
         complete = complete && plan->block_stats[s] && plan->stats[s];
@@ -58,6 +65,7 @@ void fs_plan_free(fs_plan *plan)
     free(plan->first_element);
     free(plan->first_block);
     free(plan->block_sums);
+    free(plan->coefs);
     for (int s = 0; s < FS_N_STATS; s++) {
         free(plan->block_stats[s]);
         free(plan->stats[s]);

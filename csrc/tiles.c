@@ -37,6 +37,11 @@ fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape)
     return FS_OK;
 }
 
+void fs_array_for_sums(fs_array *array)
+{
+    array->in_c_order = array->in_blocks = true;
+}
+
 /* The gradient's dimensions in C order, without those of size 1, neighbours merged when one stride walks both. */
 static void arrange_grad(fs_array *array)
 {

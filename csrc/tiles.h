@@ -6,8 +6,9 @@
 
 enum { CACHE_LINE = 64 };
 
-/* Memory for a tile: a run of every operand, or longer ones of those that have to be copied. */
-typedef struct { _Alignas(64) double run[FS_N_OPERANDS][2 * FS_BLOCK]; } fs_tile;
+/* Memory for a tile: a run of every operand, or longer ones of those that have to be copied. It is on the stack, of which musl
+ * gives a thread 128 KB. */
+typedef struct { _Alignas(64) double run[FS_N_OPERANDS][3 * FS_BLOCK / 2]; } fs_tile;
 
 /* Elements [start, start + count) of the gradient in C order, copied to a run. */
 void fs_load_in_c_order(const fs_kernels *k, const fs_array *array, size_t start, size_t count, void *run);

@@ -23,6 +23,18 @@ LEVELS = [name for name, _, available in _core.levels() if available]
 SETTINGS = [(entry, settings) for entry in database.ENTRIES for settings in entry.settings]
 
 
+def storage_settings() -> list[tuple[database.Entry, dict[str, Any]]]:
+    """Two settings for each number of states, and of scaled rules: all that tiles and layouts, which know no rules, can see."""
+    found: dict[Any, list[tuple[database.Entry, dict[str, Any]]]] = {}
+    for entry, settings in SETTINGS:
+        opt = entry.optimizer(np.ones(1), **settings)
+        found.setdefault((len(opt.state["0"]), entry.optimizer._is_scaled), []).append((entry, settings))
+    return [case for cases in found.values() for case in cases[:: max(1, len(cases) - 1)]]
+
+
+STORAGE_SETTINGS = storage_settings()
+
+
 def setting_id(value: Any) -> str | None:
     """Readable test ids for entries and settings."""
     if isinstance(value, database.Entry):

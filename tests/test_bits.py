@@ -6,7 +6,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import LEVELS, SETTINGS, assert_same_bits, run, setting_id
+from conftest import LEVELS, SETTINGS, STORAGE_SETTINGS, assert_same_bits, run, setting_id
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -43,6 +43,15 @@ def test_sizes(entry, settings, dtype, level, rng):
 
 
 @pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_many_steps(entry, settings, dtype, level, rng):
+    """Some rules go on otherwise after some steps."""
+    params = [rng.standard_normal(100).astype(dtype)]
+    grads = [[rng.standard_normal(100).astype(dtype)] for _ in range(30)]
+    compare(entry, settings, params, grads)
+
+
+@pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
 @pytest.mark.parametrize("options", database.OPTIONS, ids=setting_id)
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_options_and_threads(entry, settings, options, num_threads, all_threads, rng):
@@ -53,7 +62,7 @@ def test_options_and_threads(entry, settings, options, num_threads, all_threads,
     compare(entry, {**settings, **options}, params, grads, num_threads)
 
 
-@pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
+@pytest.mark.parametrize(("entry", "settings"), STORAGE_SETTINGS, ids=setting_id)
 @pytest.mark.parametrize("options", [database.OPTIONS[0], database.OPTIONS[-1]], ids=setting_id)
 @pytest.mark.parametrize("param_dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("grad_dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
@@ -67,7 +76,7 @@ def test_dtypes(entry, settings, options, param_dtype, grad_dtype, level, rng):
 HALVES = [(dtype, o) for dtype in (np.float16, ml_dtypes.bfloat16) for o in database.low_precision_options(dtype)]
 
 
-@pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
+@pytest.mark.parametrize(("entry", "settings"), STORAGE_SETTINGS, ids=setting_id)
 @pytest.mark.parametrize(("dtype", "options"), HALVES, ids=setting_id)
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_low_precision(entry, settings, dtype, options, num_threads, level, all_threads, rng):
@@ -129,10 +138,10 @@ def combinations():
 
 
 def test_number_of_combinations():
-    assert len(combinations()) * len(DTYPES) * len(SETTINGS) >= 5000  # on each level
+    assert len(combinations()) * len(DTYPES) * len(STORAGE_SETTINGS) * 2 >= 5000  # on each level, of two shapes
 
 
-@pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
+@pytest.mark.parametrize(("entry", "settings"), STORAGE_SETTINGS, ids=setting_id)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(70, 33), (3, 17)])
 def test_layouts(entry, settings, dtype, shape, rng):

@@ -1,6 +1,7 @@
 """Equations and defaults of other libraries, against those libraries where they install, else against their equations.
 
-50 steps of random gradients in float64. What remains is the order of operations: less than 5e-15 of the largest parameter seen.
+50 steps of random gradients in float64. What remains is the order of operations: at worst 3e-14 of the largest parameter, of
+RAdam, and less than 5e-15 of other rules.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from fusedstep import database
 
 STEPS = 50
 SHAPES = [(3, 4), (70,), ()]
-TOLERANCE = 2e-14
+TOLERANCE = 1e-13
 
 
 def problem(seed=0):
@@ -58,6 +59,19 @@ KERAS = [
     ("Adam", {}, "Adam", {}),
     ("Adam", {"eps": 0.1, "amsgrad": True}, "Adam", {"epsilon": 0.1, "amsgrad": True}),
     ("AdamW", {}, "AdamW", {}),
+    ("Adamax", {}, "Adamax", {}),
+    ("Adamax", {"lr": 0.1, "betas": (0.5, 0.75), "eps": 0.1}, "Adamax",
+     {"learning_rate": 0.1, "beta_1": 0.5, "beta_2": 0.75, "epsilon": 0.1}),
+    ("Lion", {"weight_decay": 0.1}, "Lion", {"weight_decay": 0.1}),
+    ("FTRL", {"lr": 0.01}, "Ftrl", {"learning_rate": 0.01}),
+    ("FTRL", {"lr": 0.1, "beta": 1.0, "l1_regularization_strength": 0.5, "l2_regularization_strength": 0.1}, "Ftrl",
+     {"learning_rate": 0.1, "beta": 1.0, "l1_regularization_strength": 0.5, "l2_regularization_strength": 0.1}),
+    ("NAdam", {}, "Nadam", {}),
+    ("NAdam", {"lr": 0.1, "betas": (0.5, 0.75), "eps": 0.01}, "Nadam",
+     {"learning_rate": 0.1, "beta_1": 0.5, "beta_2": 0.75, "epsilon": 0.01}),
+    ("LAMB", {}, "Lamb", {}),
+    ("LAMB", {"lr": 0.1, "weight_decay": 0.1, "eps": 0.01}, "Lamb",
+     {"learning_rate": 0.1, "weight_decay": 0.1, "epsilon": 0.01}),
     ("Adam", {"clip_norm": 0.5}, "Adam", {"global_clipnorm": 0.5}),
     ("Adam", {"clip_norm_per_array": 0.5}, "Adam", {"clipnorm": 0.5}),
     ("Adam", {"clip_value": 0.1}, "Adam", {"clipvalue": 0.1}),
@@ -77,12 +91,16 @@ def test_keras(keras, rule, settings, name, theirs):
     compare(rule, "keras", settings, with_keras)
 
 
+KERAS_CLASSES = {"NAdam": "Nadam", "LAMB": "Lamb", "FTRL": "Ftrl"}
 KERAS_NAMES = {"lr": "learning_rate", "eps": "epsilon", "alpha": "rho"}
 
 
 @pytest.mark.parametrize("rule", [name for name, own in fs.conventions().items() if "keras" in own])
 def test_defaults_of_keras(keras, rule):
-    theirs = {name: p.default for name, p in inspect.signature(getattr(keras.optimizers, rule)).parameters.items()}
+    theirs = {
+        name: p.default
+        for name, p in inspect.signature(getattr(keras.optimizers, KERAS_CLASSES.get(rule, rule))).parameters.items()
+    }
     opt = getattr(fs, rule)(np.zeros(2), convention="keras")
     for name, value in opt.param_groups[0].items():
         their_name = KERAS_NAMES.get(name, name)
@@ -106,6 +124,19 @@ OPTAX = [
     ("Adam", {"lr": 0.01, "eps": 0.1}, lambda: optax.adam(0.01, eps=0.1)),
     ("Adam", {"lr": 0.01, "amsgrad": True}, lambda: optax.amsgrad(0.01)),
     ("AdamW", {"lr": 0.01}, lambda: optax.adamw(0.01)),
+    ("NAdam", {"lr": 0.01, "betas": (0.5, 0.75), "eps": 0.01}, lambda: optax.nadam(0.01, 0.5, 0.75, 0.01)),
+    ("Adamax", {"lr": 0.1, "eps": 0.1}, lambda: optax.adamax(0.1, eps=0.1)),
+    ("RAdam", {"lr": 0.1}, lambda: optax.radam(0.1)),
+    ("RAdam", {"lr": 0.1, "eps": 0.1, "betas": (0.5, 0.9)}, lambda: optax.radam(0.1, 0.5, 0.9, 0.1)),
+    ("Lion", {"lr": 0.01}, lambda: optax.lion(0.01)),
+    ("LAMB", {"lr": 0.1}, lambda: optax.lamb(0.1)),
+    ("LAMB", {"lr": 0.1, "weight_decay": 0.2, "eps": 0.1}, lambda: optax.lamb(0.1, weight_decay=0.2, eps=0.1)),
+    ("LARS", {"lr": 1.0}, lambda: optax.lars(1.0)),
+    (
+        "LARS",
+        {"lr": 0.5, "weight_decay": 0.2, "trust_coefficient": 0.1, "eps": 0.1, "nesterov": True, "momentum": 0.5},
+        lambda: optax.lars(0.5, weight_decay=0.2, trust_coefficient=0.1, eps=0.1, nesterov=True, momentum=0.5),
+    ),
     ("SGD", {"lr": 0.1, "clip_norm": 0.5}, lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))),
 ]
 
@@ -166,9 +197,21 @@ def thinc(kind, lr, L2=0.0, grad_clip=1.0, beta1=0.9, beta2=0.999, eps=1e-8):
                 norm = np.sqrt((np.asarray(g) ** 2).sum())
                 if norm >= grad_clip:
                     g = g * (grad_clip / norm)
-                if kind == "Adam":
+                if kind != "SGD":
                     m[i] = m[i] * beta1 + g * (1 - beta1)
                     v[i] = v[i] * beta2 + g * g * (1 - beta2)
+                if kind == "RAdam":
+                    n, power2 = t + 1, beta2 ** (t + 1)
+                    longest = 2 / (1 - beta2) - 1
+                    length = longest - 2 * n * power2 / (1 - power2)
+                    alpha, below = lr / (1 - beta1**n), 1.0
+                    if length >= 5:
+                        square = (
+                            (1 - power2) * (length - 4) / (longest - 4) * (length - 2) / length * longest / (longest - 2)
+                        )
+                        alpha, below = alpha * np.sqrt(square), np.sqrt(v[i]) + eps
+                    params[i] = params[i] - alpha * (m[i] / below)
+                elif kind == "Adam":
                     alpha = lr * np.sqrt(1 - beta2**t) / (1 - beta1**t)
                     params[i] = params[i] - alpha * m[i] / (np.sqrt(v[i]) + eps)
                 else:
@@ -186,6 +229,12 @@ def thinc(kind, lr, L2=0.0, grad_clip=1.0, beta1=0.9, beta2=0.999, eps=1e-8):
         ("SGD", {"lr": 0.1, "weight_decay": 0.2}, {"lr": 0.1, "L2": 0.2}),
         ("Adam", {}, {"lr": 1e-3}),
         ("Adam", {"lr": 0.01, "weight_decay": 0.1, "eps": 0.01}, {"lr": 0.01, "L2": 0.1, "eps": 0.01}),
+        ("RAdam", {}, {"lr": 1e-3}),
+        (
+            "RAdam",
+            {"lr": 0.01, "weight_decay": 0.1, "eps": 0.01, "betas": (0.5, 0.9)},
+            {"lr": 0.01, "L2": 0.1, "eps": 0.01, "beta1": 0.5, "beta2": 0.9},
+        ),
     ],
 )
 def test_thinc(rule, settings, kwargs):
@@ -193,7 +242,12 @@ def test_thinc(rule, settings, kwargs):
 
 
 @pytest.mark.parametrize(
-    ("rule", "kwargs"), [("SGD", {"lr": 0.1, "L2": 0.2}), ("Adam", {"lr": 0.01, "L2": 0.1, "eps": 0.01})]
+    ("rule", "kwargs"),
+    [
+        ("SGD", {"lr": 0.1, "L2": 0.2}),
+        ("Adam", {"lr": 0.01, "L2": 0.1, "eps": 0.01}),
+        ("RAdam", {"lr": 0.01, "L2": 0.1, "eps": 0.01, "beta1": 0.5, "beta2": 0.9}),
+    ],
 )
 def test_these_are_thincs_equations(rule, kwargs):
     with warnings.catch_warnings():

@@ -198,7 +198,10 @@ def test_nonfinite_last_of_many(entry, settings, backend, bad, rng):
 
     opt.nonfinite = "propagate"
     opt.step(grads)
-    assert not np.isfinite(params["p29"][39])
+    twin.step(zeroed)
+    assert snapshot(opt) != snapshot(twin)
+    if np.isnan(bad):  # the sign of inf is finite, and some rules want no more
+        assert np.isnan(params["p29"][39])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,7 +1,8 @@
 """State that goes to PyTorch, Keras and optax and back: runs that change place are those that stay in one.
 
 Fifteen steps of random gradients in three parts: there, here, there; and here, there, here. What remains of the difference to
-fifteen steps there is the order of operations: of the largest parameter at most 1.0e-15 seen in float64, 3.0e-7 in float32.
+fifteen steps there is the order of operations: of the largest parameter at most 4.4e-15 seen in float64, and 1.1e-14 with the
+RAdam of optax; 6.7e-7 in float32.
 """
 
 import copy
@@ -17,7 +18,7 @@ from test_conventions import KERAS, OPTAX, problem
 import fusedstep as fs
 from fusedstep import database, interop
 
-TOLERANCE = {np.float64: 4e-15, np.float32: 1.2e-6}
+TOLERANCE = {np.float64: 2e-14, np.float32: 1.2e-6}
 ORDERS = ["there, here, there", "here, there, here"]
 
 
@@ -120,14 +121,24 @@ def compare(order, dtype, there, here, here_again):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE[dtype] * np.abs(b).max())
 
 
-DECAY = [(entry, {"weight_decay": 0.1, "maximize": True}) for entry in database.ENTRIES]
+DECAY = [(entry, {"weight_decay": 0.1, "maximize": True}) for entry in database.ENTRIES if entry.torch_name != "Rprop"]
 TORCH = [(entry, settings) for entry, settings in SETTINGS + DECAY if entry.torch_name is not None]
+
+
+@pytest.fixture
+def scalars(dtype):
+    """Those of PyTorch, like NAdam's product, in the type of the parameters."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype({np.float32: torch.float32, np.float64: torch.float64}[dtype])
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("entry", "settings"), TORCH, ids=setting_id)
-def test_torch(entry, settings, dtype, order):
+def test_torch(entry, settings, dtype, order, scalars):
     """Hyper-parameters go along, so what takes over begins with others."""
     make = entry.optimizer
     n_made = 0
@@ -385,8 +396,9 @@ def test_sgd_of_torch_does_not_count(group, state, step, wanted):
 # ---- PyTorch itself -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [np.float64])
 @pytest.mark.parametrize(("entry", "settings"), TORCH, ids=setting_id)
-def test_torch_before_the_first_step(entry, settings):
+def test_torch_before_the_first_step(entry, settings, scalars):
     """Nothing is dampened that is not, and accumulators start with what they do."""
     start, grads = problem()
     theirs = Torch(start, entry.torch_name, settings)
@@ -401,6 +413,28 @@ def test_torch_before_the_first_step(entry, settings):
     for a, b, c in zip(theirs.arrays(), back.arrays(), opt._params):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(c, a, rtol=0, atol=TOLERANCE[np.float64] * np.abs(a).max())
+
+
+@pytest.mark.parametrize("dtype", [np.float64])
+def test_averages_of_asgd_go_along(scalars):
+    start, grads = problem()
+    settings = {"lr": 0.1, "lambd": 0.01, "t0": 2.0}
+    whole, theirs = Torch(start, "ASGD", settings), Torch(start, "ASGD", settings)
+    for g in grads[:6]:
+        whole.step(g)
+    for g in grads[:2]:
+        theirs.step(g)
+    opt = fs.ASGD([np.array(p) for p in theirs.arrays()])
+    opt.load_state_dict(theirs.hand_over(opt, 2))
+    for g in grads[2:4]:
+        opt.step(g)
+    last = Torch(opt._params, "ASGD", {})
+    last.take_over(opt)
+    for g in grads[4:6]:
+        last.step(g)
+    for a, b in zip(last.params, whole.params):
+        found, wanted = (run.opt.state[p]["ax"].numpy() for run, p in ((last, a), (whole, b)))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-15 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -460,6 +494,11 @@ def test_to_torch_has_groups_and_names():
             "SGD",
             {"weight_decay": 0.1, "decoupled_weight_decay": True},
             "decay_mode of param_groups[0]: expected 'coupled' as in PyTorch, got 'decoupled'",
+        ),
+        (
+            "Rprop",
+            {"weight_decay": 0.1},
+            "decay_mode of param_groups[0]: expected no weight_decay as in PyTorch, got 'coupled'",
         ),
         (
             "AdamW",
@@ -627,6 +666,34 @@ def test_what_accumulators_started_with_does_not_matter(keras):
     theirs.build([keras.Variable(np.ones(3), dtype="float64")])
     interop.to_keras(fs.Adagrad(np.ones(3), initial_accumulator_value=0.25, convention="keras"), theirs)
     np.testing.assert_array_equal(np.asarray(theirs._accumulators[0]), np.full(3, 0.25))
+
+
+def test_ftrl_of_keras_has_more(keras):
+    for theirs, message in [
+        (
+            keras.optimizers.Ftrl(l2_shrinkage_regularization_strength=0.5),
+            "keras_optimizer: expected no l2_shrinkage_regularization_strength, got 0.5",
+        ),
+        (
+            keras.optimizers.Ftrl(learning_rate_power=-0.25),
+            "keras_optimizer: expected learning_rate_power=-0.5, got -0.25",
+        ),
+    ]:
+        theirs.build([keras.Variable(np.ones(3), dtype="float64")])
+        with pytest.raises(ValueError) as caught:
+            interop.from_keras(fs.FTRL(np.ones(3), convention="keras"), theirs)
+        assert str(caught.value) == message
+
+
+def test_nadam_of_keras_has_a_constant(keras):
+    theirs = keras.optimizers.Nadam()
+    theirs.build([keras.Variable(np.ones(3), dtype="float64")])
+    opt = fs.NAdam(np.ones(3), convention="keras", momentum_decay=0.5)
+    with pytest.raises(ValueError) as caught:
+        interop.to_keras(opt, theirs)
+    assert str(caught.value) == "momentum_decay of params['0']: expected 1.0 as in Keras, got 0.5"
+    opt.load_state_dict(interop.from_keras(opt, theirs))
+    assert opt.param_groups[0]["momentum_decay"] == 1.0
 
 
 def test_schedules_of_keras(keras):
@@ -807,8 +874,8 @@ def test_the_convention_has_to_be_theirs(call, convention):
     assert str(caught.value) == f"opt: expected convention={convention!r} for the equations of {library}, got 'tf'"
     with pytest.raises(TypeError) as caught:
         call([])
-    rules = "SGD, Adagrad, Adadelta, RMSprop, Adam, AdamW"
-    assert str(caught.value) == f"opt: expected one of {rules} for {library}, got list"
+    tables = {"torch": interop.TORCH_RULES, "keras": interop.KERAS_STATES, "optax": interop.OPTAX_STATES}
+    assert str(caught.value) == f"opt: expected one of {', '.join(tables[convention])} for {library}, got list"
 
 
 def test_libraries_that_are_not_there(monkeypatch):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import SETTINGS, setting_id
 
 import fusedstep as fs
 from fusedstep import _arrays, reference
@@ -142,11 +143,12 @@ def test_rounding_to_the_nearest_would_freeze():
     assert nearest.astype(np.float64).mean() < 0.6 * wanted  # it stands still once 1/1000 is less than half of a last digit
 
 
-def test_no_step_blows_up():
+@pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
+def test_no_step_blows_up(entry, settings):
     # Gradients of all magnitudes side by side, for which rounding to the nearest multiple of a largest one would give zeros.
     scale = 10 ** np.random.default_rng(0).uniform(-6, 0, 4096)
     w = {dtype: np.zeros(4096, np.float32) for dtype in (None, "int8")}
-    opts = {dtype: fs.Adam(w[dtype], lr=1.0, state_dtype=dtype) for dtype in w}
+    opts = {dtype: entry.optimizer(w[dtype], **settings, state_dtype=dtype) for dtype in w}
     largest = dict.fromkeys(w, 0.0)
     for seed in range(200):
         g = (np.random.default_rng(seed).standard_normal(4096) * scale).astype(np.float32)

@@ -1,4 +1,4 @@
-/* The roofline: as many arrays read and written as a rule with 0 to 3 states touches, with one addition each. No rule
+/* The roofline: as many arrays read and written as a rule with 0 to 4 states touches, with one addition each. No rule
  * can be faster than memory lets this be; benchmarks quote their speed as a share of it. */
 #ifndef real
 
@@ -43,6 +43,16 @@ RULE(roofline3)(real *p, real g, real *a, real *b, real *d, const roofline_coefs
     *a = *a + g;
     *b = *b + g;
     *d = *d + g;
+}
+
+RULE(roofline4)(real *p, real g, real *a, real *b, real *d, real *e, const roofline_coefs *c)
+{
+    (void)c;
+    *p = *p + g;
+    *a = *a + g;
+    *b = *b + g;
+    *d = *d + g;
+    *e = *e + g;
 }
 
 #endif

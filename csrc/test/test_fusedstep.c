@@ -136,6 +136,93 @@ static void textbook_amsgrad(wide *p, wide g, wide *s, const double *h, int t)
     *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[2], h[2], t)) + h[3]);
 }
 
+static void textbook_adamax(wide *p, wide g, wide *s, const double *h, int t)
+{
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] = fmaxl(h[2] * s[1], fabsl(g) + h[3]);
+    *p -= h[0] * corrected(s[0], h[1], t) / s[1];
+}
+
+static void textbook_radam(wide *p, wide g, wide *s, const double *h, int t)
+{
+    const wide rho = 2 / (1 - (wide)h[2]) - 1, power = powl(h[2], t), rho_t = rho - 2 * t * power / (1 - power);
+    const wide r = sqrtl((rho_t - 4) * (rho_t - 2) * rho / ((rho - 4) * (rho - 2) * rho_t));
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
+    *p -= h[0] * corrected(s[0], h[1], t) * (rho_t > 5 ? r * sqrtl(1 - power) / (sqrtl(s[1]) + h[3]) : 1);
+}
+
+static wide sign(wide x) { return (x > 0) - (x < 0); }
+
+static void textbook_lion(wide *p, wide g, wide *s, const double *h, int t)
+{
+    (void)t;
+    *p -= h[0] * sign(h[1] * s[0] + (1 - (wide)h[1]) * g);
+    s[0] = h[2] * s[0] + (1 - (wide)h[2]) * g;
+}
+
+static void textbook_signsgd(wide *p, wide g, wide *s, const double *h, int t)
+{
+    (void)s, (void)t;
+    *p -= h[0] * sign(g);
+}
+
+static void textbook_signum(wide *p, wide g, wide *s, const double *h, int t)
+{
+    (void)t;
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    *p -= h[0] * sign(s[0]);
+}
+
+static void textbook_adabelief(wide *p, wide g, wide *s, const double *h, int t)
+{
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] = h[2] * s[1] + (1 - (wide)h[2]) * (g - s[0]) * (g - s[0]) + h[3];
+    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t)) + h[3]);
+}
+
+static void textbook_yogi(wide *p, wide g, wide *s, const double *h, int t)
+{
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] -= (1 - (wide)h[2]) * sign(s[1] - g * g) * g * g;
+    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t)) + h[3]);
+}
+
+static void textbook_rprop(wide *p, wide g, wide *s, const double *h, int t)
+{
+    const wide same = sign(g * s[0]);
+    (void)t;
+    s[1] = fminl(fmaxl(s[1] * (same > 0 ? h[2] : same < 0 ? h[1] : 1), h[3]), h[4]);
+    s[0] = same < 0 ? 0 : g;
+    *p -= sign(s[0]) * s[1];
+}
+
+static void textbook_asgd(wide *p, wide g, wide *s, const double *h, int t)
+{
+    const wide eta = h[0] / powl(1 + (wide)h[1] * h[0] * (t - 1), h[2]);
+    *p -= eta * (g + h[1] * *p);
+    s[0] += (*p - s[0]) / fmaxl(1, t - 1 - h[3]);
+}
+
+static void textbook_ftrl(wide *p, wide g, wide *s, const double *h, int t)
+{
+    (void)t;
+    s[1] += g - (sqrtl(s[0] + g * g) - sqrtl(s[0])) / h[0] * *p;
+    s[0] += g * g;
+    const wide beyond = fmaxl(fabsl(s[1]) - h[2], 0);
+    *p = -sign(s[1]) * beyond / ((h[1] + sqrtl(s[0])) / h[0] + 2 * h[3]);
+}
+
+static void textbook_adan(wide *p, wide g, wide *s, const double *h, int t)
+{
+    const wide diff = t == 1 ? 0 : g - s[3], ahead = g + h[2] * diff;
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] = h[2] * s[1] + (1 - (wide)h[2]) * diff;
+    s[2] = h[3] * s[2] + (1 - (wide)h[3]) * ahead * ahead;
+    s[3] = g;
+    *p -= h[0] * (corrected(s[0], h[1], t) + h[2] * corrected(s[1], h[2], t)) / (sqrtl(corrected(s[2], h[3], t)) + h[4]);
+}
+
 static void test_textbook(void)
 {
     static const struct {
@@ -155,6 +242,17 @@ static void test_textbook(void)
          textbook_rmsprop_centered_momentum},
         {"adam", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.999, 1e-3}, textbook_adam},
         {"adam_amsgrad", "lr beta1 beta2 eps convention", {0.01, 0.8, 0.5, 1e-3}, textbook_amsgrad},
+        {"adamax", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.5, 1e-3}, textbook_adamax},
+        {"lion", "lr beta1 beta2", {0.01, 0.5, 0.75}, textbook_lion},
+        {"signsgd", "lr momentum", {0.01, 0.0}, textbook_signsgd},
+        {"signum", "lr momentum", {0.01, 0.75}, textbook_signum},
+        {"adabelief", "lr beta1 beta2 eps", {0.01, 0.9, 0.99, 1e-3}, textbook_adabelief},
+        {"yogi", "lr beta1 beta2 eps", {0.01, 0.9, 0.75, 1e-3}, textbook_yogi},
+        {"rprop", "lr eta1 eta2 step_size1 step_size2", {0.01, 0.5, 1.25, 0.01, 0.1}, textbook_rprop},
+        {"asgd", "lr lambd alpha t0", {0.1, 0.5, 0.75, 5.0}, textbook_asgd},
+        {"ftrl", "lr beta l1_regularization_strength l2_regularization_strength", {0.1, 0.5, 0.25, 0.125}, textbook_ftrl},
+        {"adan", "lr beta1 beta2 beta3 eps", {0.01, 0.9, 0.75, 0.99, 1e-3}, textbook_adan},
+        {"radam", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.9, 1e-3}, textbook_radam},
     };
     static const double tolerance[] = {[FS_FLOAT32] = 1e-5, [FS_FLOAT64] = 1e-12};
     enum { SIZE = 200, STEPS = 20 };
@@ -510,8 +608,8 @@ static void test_small_states(void)
         {FS_BFLOAT16, 1.0 / 128, 0}, {FS_INT8, 1.0 / 8, 0x1p-18}, {FS_UINT8, 1.0 / 8, 0x1p-34}};
     static const size_t sizes[] = {1, 255, 256, 257, 1023, 1030, 2048, N};
     enum { SCALES = N / FS_SCALED + 1 };
-    static char expected[FS_MAX_STATES][2 * N + GUARD], data[FS_MAX_STATES][2 * N + GUARD];
-    static float expected_scales[FS_MAX_STATES][SCALES + 1], scales[FS_MAX_STATES][SCALES + 1];
+    static char expected[N_KINDS][2 * N + GUARD], data[N_KINDS][2 * N + GUARD];
+    static float expected_scales[N_KINDS][SCALES + 1], scales[N_KINDS][SCALES + 1];
     for (size_t s = 0; s < LENGTH(sizes); s++) {
         const trio t = make_trio(FS_FLOAT32, 1, &sizes[s]);
         const fs_options options = busy(t.initial, find_rule("adam_amsgrad"));

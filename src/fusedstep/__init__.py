@@ -7,7 +7,7 @@
     >>> w
     array([0.899, 1.099, 0.999], dtype=float32)
 
-The rules are the classes SGD, Adagrad, Adadelta, RMSprop, Adam and AdamW; :class:`Optimizer` describes what they share.
+The rules are the classes of :mod:`fusedstep.rules`, from SGD to AdamW; :class:`Optimizer` describes what they share.
 :mod:`fusedstep.interop` exchanges state with PyTorch, Keras and optax;
 :mod:`fusedstep.kernels` has the rules on single arrays, :mod:`fusedstep.reference` their specification in NumPy.
 """

@@ -51,9 +51,10 @@ class ReferencePlan:
         rules: list[Any],
         seed: int = 0,
         has_stats: bool = False,
+        in_c_order: bool = False,
     ) -> None:
         self.params, self.operands, self.groups, self.rules = params, operands, groups, rules
-        self.seed, self.has_stats = seed, has_stats
+        self.seed, self.has_stats, self.in_c_order = seed, has_stats, in_c_order
         self.grads: Any = None  # a list of arrays, once any are bound
         self.values: list[dict[str, Any]] = [{} for _ in rules]
         self.stages: list[dict[str, Any]] = []
@@ -143,7 +144,7 @@ class ReferencePlan:
         rule, state_names = self.rules[self.groups[i]]
         values = self.values[self.groups[i]]
         real = reference.compute_dtype(param.dtype)
-        axes = list(range(param.ndim)) if self.has_stats else _arrays.memory_axes(param)
+        axes = list(range(param.ndim)) if self.in_c_order else _arrays.memory_axes(param)
         step = self.steps + 1
 
         def random(number: int) -> Array:

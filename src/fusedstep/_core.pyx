@@ -104,6 +104,7 @@ cdef extern from "fusedstep.h" nogil:
     const char *fs_rule_name(int rule)
     const char *fs_rule_hyper_names(int rule)
     int fs_rule_states(int rule)
+    bint fs_rule_is_scaled(int rule)
 
     enum:
         FS_PARAM
@@ -164,6 +165,7 @@ cdef extern from "fusedstep.h" nogil:
     fs_status fs_plan_finish(fs_plan *plan)
     void fs_plan_free(fs_plan *plan)
     fs_status fs_array_init(fs_array *array, int n_dims, const ptrdiff_t *shape)
+    void fs_array_for_sums(fs_array *array)
     size_t fs_dtype_size(fs_dtype dtype)
     void fs_array_set(fs_array *array, int operand, void *data, fs_dtype dtype, bint aligned, const ptrdiff_t *strides)
     void fs_array_set_small(fs_array *array, int operand, void *data, fs_dtype dtype, float *scales)
@@ -225,7 +227,7 @@ RULES = {fs_rule_name(rule).decode(): rule for rule in range(fs_rule_count())}
 def _hyper_places(int rule):
     """Where each C hyper-parameter is found: "lr" at ("lr", None); "beta1", of the pair "betas", at ("betas", 0)."""
     names = fs_rule_hyper_names(rule).decode().split()
-    return [(name[:-1] + "s", int(name[-1]) - 1) if name[-1].isdigit() else (name, None) for name in names]
+    return [(name[:-1] + "s", int(name[-1]) - 1) if name[-1] in "123456789" else (name, None) for name in names]
 
 
 def levels():
@@ -471,6 +473,8 @@ cdef class Plan:
             array.group = groups[i]
             param = <PyArrayObject *><cnp.ndarray>params[i]
             check(fs_array_init(array, PyArray_NDIM(param), PyArray_DIMS(param)))
+            if fs_rule_is_scaled(self.plan.groups[array.group].rule):
+                fs_array_for_sums(array)
             self.set_written(i, FS_PARAM, params[i])
             states, scales, average, low_precision, residual = operands[i]
             if rules[groups[i]] is not None and len(states) != fs_rule_states(self.plan.groups[array.group].rule):
@@ -628,15 +632,19 @@ cdef class Plan:
         cdef fs_group *group = &self.plan.groups[index]
         cdef int h = 0
         self.seen = None
+        mode = values.get("decay_mode") or ("decoupled" if values.get("decoupled_weight_decay") else "coupled")
+        weight_decay = values.get("weight_decay", 0.0)
+        by_rule = mode == "coupled" and ("weight_decay", None) in self.places[index]
+        group.weight_decay = 0.0 if by_rule else weight_decay
+        group.decay_mode = DECAY_MODES[mode]
         for name, item in self.places[index]:
             if name == "convention":
                 group.hyper[h] = CONVENTIONS.index(values.get(name, "torch"))
+            elif name == "weight_decay":
+                group.hyper[h] = weight_decay if by_rule else 0.0
             else:
                 group.hyper[h] = values[name] if item is None else values[name][item]
             h += 1
-        group.weight_decay = values.get("weight_decay", 0.0)
-        mode = values.get("decay_mode") or ("decoupled" if values.get("decoupled_weight_decay") else "coupled")
-        group.decay_mode = DECAY_MODES[mode]
         group.l1 = values.get("l1", 0.0)
         group.maximize = values.get("maximize", False)
         group.clip_value = or_infinity(values.get("clip_value"))

@@ -161,12 +161,21 @@ def grad_scale(value: Any, label: str) -> float:
 CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "lr": at_least_0,
     "momentum": at_least_0,
+    "momentum_decay": at_least_0,
+    "trust_coefficient": at_least_0,
     "dampening": finite,
     "nesterov": boolean,
     "lr_decay": at_least_0,
     "initial_accumulator_value": at_least_0,
     "eps": at_least_0,
     "rho": from_0_to_1,
+    "etas": above_0,
+    "step_sizes": at_least_0,
+    "lambd": at_least_0,
+    "t0": at_least_0,
+    "beta": at_least_0,
+    "l1_regularization_strength": at_least_0,
+    "l2_regularization_strength": at_least_0,
     "alpha": from_0_to_1,
     "centered": boolean,
     "amsgrad": boolean,
@@ -188,15 +197,15 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
-def resolve(name: str, value: Any, step: int, label: str) -> Any:
-    """The value of a hyper-parameter after `step` steps, checked."""
+def resolve(name: str, value: Any, step: int, label: str, length: int | None = None) -> Any:
+    """The value of a hyper-parameter after `step` steps, checked; of one that is `length` numbers, each."""
     if callable(value):
         value = value(step)
-    if name == "betas":
-        if not isinstance(value, (tuple, list)) or len(value) != 2:
-            raise TypeError(f"{label}: expected a pair of numbers, got {value!r}")
-        return tuple(CHECKS[name](v(step) if callable(v) else v, f"{label}[{i}]") for i, v in enumerate(value))
-    return CHECKS[name](value, label)
+    if length is None:
+        return CHECKS[name](value, label)
+    if not isinstance(value, (tuple, list)) or len(value) != length:
+        raise TypeError(f"{label}: expected {'a pair of' if length == 2 else length} numbers, got {value!r}")
+    return tuple(CHECKS[name](v(step) if callable(v) else v, f"{label}[{i}]") for i, v in enumerate(value))
 
 
 def check_only(name: str, values: Mapping[str, Any], wanted: Any, *conventions: str) -> None:

@@ -108,6 +108,123 @@ ENTRIES = [
         train={"adamw": {"lr": 3e-3}},
         torch_name="AdamW",
     ),
+    Entry(
+        rules.NAdam,
+        settings=[{}, {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "momentum_decay": 0.5}],
+        invalid=[({"momentum_decay": -1}, ValueError, "momentum_decay: expected a finite number >= 0, got -1")],
+        train={"nadam": {"lr": 3e-3}},
+        torch_name="NAdam",
+    ),
+    Entry(
+        rules.LAMB,
+        settings=[{}, {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.01}],
+        train={"lamb": {"lr": 0.002}},
+    ),
+    Entry(
+        rules.LARS,
+        settings=[{}, {"lr": 1.0, "trust_coefficient": 0.1, "eps": 1e-3, "weight_decay": 0.01, "nesterov": True}],
+        invalid=[
+            ({"trust_coefficient": -1}, ValueError, "trust_coefficient: expected a finite number >= 0, got -1"),
+            ({"nesterov": 0}, TypeError, "nesterov: expected True or False, got 0"),
+        ],
+        train={"lars": {"lr": 0.1, "trust_coefficient": 0.02}},
+    ),
+    Entry(
+        rules.Adamax,
+        settings=[{}, {"lr": 0.01, "betas": (0.8, 0.5), "eps": 1e-3}],
+        invalid=[({"betas": (-0.5, 0.9)}, ValueError, "betas[0]: expected a number in [0, 1), got -0.5")],
+        train={"adamax": {"lr": 5e-3}},
+        torch_name="Adamax",
+    ),
+    Entry(
+        rules.RAdam,
+        settings=[{}, {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6}],
+        invalid=[({"betas": (0.9, 1.0)}, ValueError, "betas[1]: expected a number in [0, 1), got 1.0")],
+        train={"radam": {"lr": 3e-3}},
+        torch_name="RAdam",
+    ),
+    Entry(
+        rules.Lion,
+        settings=[{}, {"lr": 0.01, "betas": (0.5, 0.75), "weight_decay": 0.1}],
+        invalid=[({"betas": (0.9, 0.99, 0.999)}, TypeError, "betas: expected a pair of numbers, got (0.9, 0.99, 0.999)")],
+        train={"lion": {"lr": 3e-4}},
+    ),
+    Entry(
+        rules.Signum,
+        settings=[{}, {"momentum": 0.0}],
+        invalid=[({"momentum": 1.0}, ValueError, "momentum: expected a number in [0, 1), got 1.0")],
+        train={"signum": {"lr": 3e-4}, "signsgd": {"lr": 1e-3, "momentum": 0.0}},
+    ),
+    Entry(
+        rules.AdaBelief,
+        settings=[{}, {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6}],
+        invalid=[({"eps": -1e-8}, ValueError, "eps: expected a finite number >= 0, got -1e-08")],
+        train={"adabelief": {"lr": 3e-3}},
+    ),
+    Entry(
+        rules.Yogi,
+        settings=[{}, {"lr": 0.1, "betas": (0.8, 0.5), "initial_accumulator_value": 0.1}],
+        invalid=[
+            (
+                {"initial_accumulator_value": -1},
+                ValueError,
+                "initial_accumulator_value: expected a finite number >= 0, got -1",
+            )
+        ],
+        train={"yogi": {"lr": 1e-2}},
+    ),
+    Entry(
+        rules.Rprop,
+        settings=[{}, {"lr": 0.1, "etas": (0.75, 1.5), "step_sizes": (0.05, 0.2)}],
+        invalid=[
+            ({"etas": (0.5, 0.9)}, ValueError, "etas: expected a pair of numbers below and above 1, got (0.5, 0.9)"),
+            ({"etas": (0.0, 1.2)}, ValueError, "etas[0]: expected a finite number > 0, got 0.0"),
+            ({"etas": 1.2}, TypeError, "etas: expected a pair of numbers, got 1.2"),
+            (
+                {"step_sizes": (1.0, 0.5)},
+                ValueError,
+                "step_sizes: expected a pair of numbers, the lower first, got (1.0, 0.5)",
+            ),
+        ],
+        train={"rprop": {"lr": 1e-3, "etas": (0.8, 1.2), "step_sizes": (1e-6, 3e-3)}},
+        torch_name="Rprop",
+    ),
+    Entry(
+        rules.ASGD,
+        settings=[{}, {"lr": 0.1, "lambd": 0.01, "alpha": 0.5, "t0": 0.0}],
+        invalid=[
+            ({"lambd": -1}, ValueError, "lambd: expected a finite number >= 0, got -1"),
+            ({"t0": float("inf")}, ValueError, "t0: expected a finite number >= 0, got inf"),
+        ],
+        train={"asgd": {"lr": 0.2}},
+        torch_name="ASGD",
+    ),
+    Entry(
+        rules.FTRL,
+        settings=[
+            {},
+            {"lr": 0.1, "beta": 1.0, "l1_regularization_strength": 0.5, "l2_regularization_strength": 0.1},
+        ],
+        invalid=[
+            ({"lr": 0.0}, ValueError, "lr: expected a finite number > 0, got 0.0"),
+            ({"beta": -1}, ValueError, "beta: expected a finite number >= 0, got -1"),
+            (
+                {"l1_regularization_strength": -0.1},
+                ValueError,
+                "l1_regularization_strength: expected a finite number >= 0, got -0.1",
+            ),
+        ],
+        train={"ftrl": {"lr": 0.05, "initial_accumulator_value": 0.0}},
+    ),
+    Entry(
+        rules.Adan,
+        settings=[{}, {"lr": 0.01, "betas": (0.9, 0.5, 0.75), "eps": 1e-6, "weight_decay": 0.1}],
+        invalid=[
+            ({"betas": (0.9, 0.999)}, TypeError, "betas: expected 3 numbers, got (0.9, 0.999)"),
+            ({"betas": (0.9, 0.9, 1.5)}, ValueError, "betas[2]: expected a number in [0, 1), got 1.5"),
+        ],
+        train={"adan": {"lr": 5e-3}},
+    ),
 ]
 
 # Refused for every rule.

@@ -30,8 +30,9 @@ Hypers = dict[str, dict[str, Any]]
 LIBRARIES = {"torch": "PyTorch", "keras": "Keras", "optax": "optax"}
 
 TORCH_RULES = {
-    **dict.fromkeys(("SGD", "Adagrad", "Adadelta", "RMSprop"), ("coupled",)),
-    **dict.fromkeys(("Adam", "AdamW"), ("coupled", "decoupled")),
+    **dict.fromkeys(("SGD", "Adagrad", "Adadelta", "RMSprop", "Adamax", "ASGD"), ("coupled",)),
+    **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam"), ("coupled", "decoupled")),
+    "Rprop": (),
 }
 """Those whose states and hyper-parameters have the names they have here, with the kinds of weight decay they know."""
 
@@ -41,9 +42,17 @@ KERAS_STATES = {
     "Adadelta": {"accumulated_grad": "square_avg", "accumulated_delta_var": "acc_delta"},
     "RMSprop": {"velocity": "square_avg", "average_gradient": "grad_avg", "momentum": "momentum_buffer"},
     "Adam": {"momentum": "exp_avg", "velocity": "exp_avg_sq", "velocity_hat": "max_exp_avg_sq"},
+    "NAdam": {"momentum": "exp_avg", "velocity": "exp_avg_sq"},
+    "LAMB": {"momentum": "exp_avg", "velocity": "exp_avg_sq"},
+    "Adamax": {"momentum": "exp_avg", "norm": "exp_inf"},
+    "Lion": {"momentum": "exp_avg"},
+    "FTRL": {"accumulator": "accumulator", "linear": "linear"},
 }
 KERAS_STATES["AdamW"] = KERAS_STATES["Adam"]
 """Names of states by how the names of variables end."""
+
+KERAS_CONSTANTS: dict[str, dict[str, Any]] = {"NAdam": {"momentum_decay": 1.0}}
+"""Hyper-parameters here that are constants there."""
 
 KERAS_HYPER = {
     "lr": "learning_rate", "eps": "epsilon", "alpha": "rho", "clip_norm_per_array": "clipnorm", "clip_value": "clipvalue",
@@ -62,14 +71,21 @@ OPTAX_STATES = {
         "ScaleByAdamState": {"mu": "exp_avg", "nu": "exp_avg_sq"},
         "ScaleByAmsgradState": {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"},
     },
+    "LARS": {"TraceState": {"trace": "momentum_buffer"}},
+    "Adamax": {"ScaleByAdamState": {"mu": "exp_avg", "nu": "exp_inf"}},
+    "Lion": {"ScaleByLionState": {"mu": "exp_avg"}},
 }
-OPTAX_STATES["AdamW"] = OPTAX_STATES["Adam"]
+OPTAX_STATES |= dict.fromkeys(("AdamW", "NAdam", "RAdam", "LAMB"), OPTAX_STATES["Adam"])
 """Names of states by the class and field that hold them."""
 
 OPTAX_WRAPPERS = ("EmptyState", "ScaleByScheduleState", "MaskedState", "PartitionState", "InjectStatefulHyperparamsState")
 """Other classes in a chain, which hold a count, further states, or nothing."""
 
-OF_OTHER_SIGN = {("keras", "SGD", "momentum_buffer"), ("optax", "RMSprop", "momentum_buffer")}
+OF_OTHER_SIGN = {
+    ("keras", "SGD", "momentum_buffer"),
+    ("optax", "RMSprop", "momentum_buffer"),
+    ("optax", "LARS", "momentum_buffer"),
+}
 """Velocities that are added to the parameters there, and subtracted here."""
 
 
@@ -147,8 +163,9 @@ def from_torch(
         hyper = torch_hyper(opt, group, f"{label}['param_groups'][{i}]")
         for number, name in zip(group["params"], left):
             own = {key: value for key, value in state_dict["state"].get(number, {}).items() if value is not None}
-            if "step" in own:
-                counts[f"params[{name!r}]"] = float(own.pop("step"))
+            scalars = {key: own.pop(key) for key in torch_scalars(opt, 0, hyper) if key in own}
+            if "step" in scalars:
+                counts[f"params[{name!r}]"] = float(scalars["step"])
             elif own:
                 has_uncounted = True  # the first step of SGD has made its buffer
             elif opt._states(hyper):
@@ -194,37 +211,59 @@ def to_torch(opt: Optimizer, *, names: Sequence[str] | None = None) -> dict[str,
     check_rule(opt, "torch", TORCH_RULES)
     torch = library("torch")
     kinds = TORCH_RULES[type(opt).__name__]
-    number = {name: i for i, name in enumerate(in_order(names, by_groups(opt)))}
+    ordered = in_order(names, by_groups(opt))
+    number = {name: i for i, name in enumerate(ordered)}
     step, hypers, states = exported(opt)
     groups = []
     for i, (group, values) in enumerate(zip(opt.param_groups, hypers)):
         check_same(values, {"l1": 0.0, "bounds": None}, f"param_groups[{i}]", "torch")
         decay = check_decay(values, f"param_groups[{i}]", "torch", kinds)
-        known = {key: values[key] for key in (*own_hyper(opt), "weight_decay", "maximize")}
+        known = {key: values[key] for key in torch_keys(opt)}
         if "decoupled" in kinds:
             known["decoupled_weight_decay"] = decay == "decoupled"
         groups.append({**known, "params": sorted(number[name] for name in group["names"])})
     groups.sort(key=lambda group: group["params"])
-    if [n for group in groups for n in group["params"]] != list(range(len(number))):
-        raise ValueError(f"names: expected those of each group together, as PyTorch has them, got {list(number)}")
+    if [n for group in groups for n in group["params"]] != list(range(len(ordered))):
+        raise ValueError(f"names: expected those of each group together, as PyTorch has them, got {ordered}")
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     result: dict[int, dict[str, Any]] = {}
-    for name, n in sorted(number.items(), key=lambda item: item[1]):
-        result[n] = {key: torch.from_numpy(array) for key, array in states[name].items()}
-        if type(opt).__name__ != "SGD":
-            result[n]["step"] = torch.tensor(float(step), dtype=torch.float32)
-        elif step == 0:
-            result[n] = dict.fromkeys(states[name])  # no buffer yet: the first step does not dampen
+    for group in groups:
+        scalars = torch_scalars(opt, step, group)
+        for n in group["params"]:
+            own = {key: torch.from_numpy(array) for key, array in states[ordered[n]].items()}
+            if not scalars and step == 0:
+                own = dict.fromkeys(own)  # no buffer yet: the first step does not dampen
+            result[n] = {**{key: torch.tensor(float(value), dtype=dtype) for key, value in scalars.items()}, **own}
     return {"state": result, "param_groups": groups}
+
+
+def torch_scalars(opt: Optimizer, step: int, hyper: Mapping[str, Any]) -> dict[str, float]:
+    """What PyTorch keeps as numbers for each parameter, and here follows from the number of steps."""
+    rule = type(opt).__name__
+    if rule == "SGD":
+        return {}
+    if rule == "NAdam":
+        return {"step": step, "mu_product": reference.nadam_product(step, hyper["betas"][0], hyper["momentum_decay"])}
+    if rule == "ASGD":  # of the next step
+        eta = hyper["lr"] / (1 + hyper["lambd"] * hyper["lr"] * step) ** hyper["alpha"]
+        return {"step": step, "eta": eta, "mu": 1 / max(1, step - hyper["t0"])}
+    return {"step": step}
+
+
+def torch_keys(opt: Optimizer) -> list[str]:
+    """The hyper-parameters that are called the same in a group of PyTorch, and always there."""
+    decay = ["weight_decay"] if TORCH_RULES[type(opt).__name__] else []
+    return [*(key for key in opt._group_defaults if key not in _hyper.OPTION_DEFAULTS), *decay, "maximize"]
 
 
 def torch_hyper(opt: Optimizer, group: Mapping[str, Any], label: str) -> dict[str, Any]:
     """Hyper-parameters of a group of PyTorch as they are called here."""
-    for key in (*own_hyper(opt), "weight_decay"):
-        if key not in group:
+    for key in torch_keys(opt):
+        if key not in group and key != "maximize":
             raise ValueError(f"{label}[{key!r}]: expected a hyper-parameter of {type(opt).__name__}, got none")
     # What older versions of PyTorch had no key for, and some of its rules have none for today.
     theirs = {**_hyper.OPTION_DEFAULTS, **opt._option_defaults, **group}
-    known = (*own_hyper(opt), "weight_decay", "maximize", "decoupled_weight_decay")
+    known = (*torch_keys(opt), "weight_decay", "decoupled_weight_decay")
     return {**{key: as_numbers(theirs[key]) for key in known}, "decay_mode": None}
 
 
@@ -326,6 +365,9 @@ def to_keras(opt: Optimizer, keras_optimizer: Any, *, names: Sequence[str] | Non
         if len(rates) != 1:
             raise ValueError(f"lr: expected one for all groups as in Keras, got {rates}")
         keras_optimizer.learning_rate = rates[0]
+    if hasattr(keras_optimizer, "_u_product"):  # of Nadam
+        beta1, _ = hypers[0]["betas"]
+        changes.append((keras_optimizer._u_product, reference.nadam_product(step, beta1, hypers[0]["momentum_decay"])))
     for variable, value in changes:
         variable.assign(value)
 
@@ -336,14 +378,16 @@ def keras_parts(
     """Names in the order of Keras; its variables and hyper-parameters by what they are called here."""
     check_rule(opt, "keras", KERAS_STATES)
     rule, label = type(opt).__name__, "keras_optimizer"
-    if rule not in [kind.__name__ for kind in type(keras_optimizer).__mro__]:
+    if rule.lower() not in [kind.__name__.lower() for kind in type(keras_optimizer).__mro__]:
         raise TypeError(f"{label}: expected an optimizer {rule} of Keras, got {type(keras_optimizer).__name__}")
     if not keras_optimizer.built:
         raise ValueError(f"{label}: expected one that is built, got one without variables")
     config = keras_optimizer.get_config()
-    for key in ("use_ema", "loss_scale_factor", "gradient_accumulation_steps"):
-        if config[key]:
+    for key in ("use_ema", "loss_scale_factor", "gradient_accumulation_steps", "l2_shrinkage_regularization_strength"):
+        if config.get(key):
             raise ValueError(f"{label}: expected no {key}, got {config[key]!r}")
+    if config.get("learning_rate_power", -0.5) != -0.5:
+        raise ValueError(f"{label}: expected learning_rate_power=-0.5, got {config['learning_rate_power']!r}")
     trained = keras_optimizer._trainable_variables
     ordered = in_order(names, opt._names)
     if len(trained) != len(ordered):
@@ -360,6 +404,7 @@ def keras_parts(
     for key in ("clipnorm", "clipvalue"):
         config[key] = config[key] or None  # 0 is none
     known = {key: config[KERAS_HYPER.get(key, key)] for key in opt._group_defaults if KERAS_HYPER.get(key, key) in config}
+    known |= KERAS_CONSTANTS.get(rule, {})
     decays = [config["weight_decay"] or 0.0 if keras_optimizer._use_weight_decay(variable) else 0.0 for variable in trained]
     hypers = {name: {**known, "weight_decay": decay} for name, decay in zip(ordered, decays)}
     return ordered, variables, hypers
@@ -380,8 +425,8 @@ def from_optax(opt: Optimizer, opt_state: Any, *, step: int | None = None) -> di
     opt : Optimizer
         With ``convention="optax"``, and parameters of the same structure: they are matched by name. It is not changed.
     opt_state : tree
-        Of ``optax.sgd``, ``adagrad``, ``adadelta``, ``rmsprop``, ``adam``, ``amsgrad`` or ``adamw``, also in chains, masked,
-        partitioned, or with injected hyper-parameters.
+        Of the optimizer of optax with the equations of `opt`, also in chains, masked, partitioned, or with injected
+        hyper-parameters. Several share a kind of state: whose it is, it does not say.
     step : int, optional
         Number of steps taken. Needed if nothing in `opt_state` counts them.
 
@@ -568,11 +613,6 @@ def as_numbers(value: Any) -> Any:
     return value if isinstance(value, bool) else float(value)
 
 
-def own_hyper(opt: Optimizer) -> list[str]:
-    """The hyper-parameters of the rule itself."""
-    return [key for key in opt._group_defaults if key not in _hyper.OPTION_DEFAULTS]
-
-
 def the_step(counts: Mapping[str, float], step: int | None, label: str, least: int = 0) -> int:
     """The number of steps that all counts, and the argument, agree on; least is 1 if something uncounted took steps."""
     if step is not None:
@@ -617,7 +657,7 @@ def check_decay(values: Mapping[str, Any], label: str, convention: str, kinds: t
     """The kind of weight decay, which the other library has to know if there is any."""
     decay: str = values["decay_mode"] or ("decoupled" if values["decoupled_weight_decay"] else "coupled")
     if values["weight_decay"] != 0 and decay not in kinds:
-        wanted = " or ".join(map(repr, kinds))
+        wanted = " or ".join(map(repr, kinds)) or "no weight_decay"
         raise ValueError(f"decay_mode of {label}: expected {wanted} as in {LIBRARIES[convention]}, got {decay!r}")
     return decay
 

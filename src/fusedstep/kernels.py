@@ -57,7 +57,7 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         for name, value in values.items():
             if name not in known:
                 raise TypeError(f"{rule.__name__}: unknown option {name!r}; it has {', '.join(known)}")
-            values[name] = _hyper.resolve(name, value, 0, name)
+            values[name] = _hyper.resolve(name, value, 0, name, optimizer._lengths.get(name))
         optimizer._check_convention(values.get("convention", "torch"))
         optimizer._check_hyper(values)
         if isinstance(given["step"], bool) or not isinstance(given["step"], (int, np.integer)) or given["step"] < 1:

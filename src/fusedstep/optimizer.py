@@ -125,8 +125,11 @@ class Optimizer:
     _rule: ClassVar[Callable[..., None]]
     _option_defaults: ClassVar[dict[str, Any]] = {}
     _non_negative_states: ClassVar[tuple[str, ...]] = ()
+    _is_scaled: ClassVar[bool] = False
+    """Whether steps depend on norms of whole arrays."""
     _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}}
     """Whose equations there are, with the defaults that are not those of the signature; REQUIRED for those to be given."""
+    _lengths: ClassVar[dict[str, int]]  # of the hyper-parameters that are several numbers
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -171,6 +174,7 @@ class Optimizer:
             cls.__init__ = with_defaults_of_convention(cls.__init__)  # type: ignore[method-assign]
         # Show the common options in help() and in editors.
         own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name not in ("self", "options")]
+        cls._lengths = {p.name: len(p.default) for p in own if isinstance(p.default, tuple)}
         defaults = _hyper.OPTION_DEFAULTS | cls._option_defaults
         options = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in defaults.items()]
         cls.__signature__ = inspect.Signature(own + options)  # type: ignore[attr-defined]
@@ -265,7 +269,10 @@ class Optimizer:
             raw_before, values = self._resolved.get(i, ([None] * len(raw), {}))
             if not values or not all(map(operator.is_, raw, raw_before)):
                 label = f"param_groups[{i}]." if self._is_grouped else ""
-                values = {key: _hyper.resolve(key, group[key], step, label + key) for key in self._group_defaults}
+                values = {
+                    key: _hyper.resolve(key, group[key], step, label + key, self._lengths.get(key))
+                    for key in self._group_defaults
+                }
                 values["convention"] = self.convention
                 self._check_hyper(values)
                 if all(is_constant(value) for value in raw):
@@ -300,7 +307,11 @@ class Optimizer:
 
     def _axes(self, param: Array) -> list[int]:
         """The order in which small states and residuals have the elements of a parameter, and statistics add them up."""
-        return list(range(param.ndim)) if self.stats else _arrays.memory_axes(param)
+        return list(range(param.ndim)) if self._in_c_order else _arrays.memory_axes(param)
+
+    @property
+    def _in_c_order(self) -> bool:
+        return self.stats or self._is_scaled
 
     def _specs(self, kernels: list[Kernel]) -> dict[str, dict[str, state.Spec]]:
         """The state arrays of each parameter by name."""
@@ -327,7 +338,7 @@ class Optimizer:
             plan = _backends.core.Plan(self._params, operands, self._group_of, rules, seed, self.stats)
         else:
             rules = [(type(self)._rule, kernel.states) for kernel in kernels]
-            plan = _backends.ReferencePlan(self._params, operands, self._group_of, rules, seed, self.stats)
+            plan = _backends.ReferencePlan(self._params, operands, self._group_of, rules, seed, self.stats, self._in_c_order)
         plan.steps = steps
         if self._plan is not None and self._plan.grads is not None:
             plan.bind(self._plan.grads)

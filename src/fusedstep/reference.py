@@ -12,6 +12,7 @@ Three conventions make equal bits possible:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,27 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-__all__ = ["adadelta", "adagrad", "adam", "adamw", "rmsprop", "sgd"]
+__all__ = [
+    "adabelief",
+    "adadelta",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "adan",
+    "asgd",
+    "ftrl",
+    "lamb",
+    "lars",
+    "lion",
+    "nadam",
+    "radam",
+    "rmsprop",
+    "rprop",
+    "sgd",
+    "signum",
+    "yogi",
+]
 
 
 class Stages(TypedDict, total=False):
@@ -453,6 +474,356 @@ def adamw(
     stages.setdefault("decoupled_weight_decay", True)
     hyper = dict(lr=lr, betas=betas, eps=eps, convention=convention)
     adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, **hyper, **stages)  # type: ignore[arg-type]
+
+
+def nadam(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    *,
+    step: int,
+    lr: float = 2e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum_decay: float = 4e-3,
+    convention: str = "torch",
+    **stages: Unpack[Stages],
+) -> None:
+    """Adam with Nesterov's momentum; see :class:`fusedstep.NAdam`."""
+    beta1, beta2 = betas
+    with operands(param, grad, exp_avg, exp_avg_sq, lr=lr, **stages) as (p, g, m, v):
+        m += (1 - beta1) * (g - m)
+        v[:] = beta2 * v + (1 - beta2) * g * g
+        if convention == "optax":
+            on_grad = lr * (1 - beta1) / (1 - beta1**step)
+            on_average = lr * beta1 / (1 - beta1 ** (step + 1.0))
+        else:
+            product = nadam_product(step, beta1, momentum_decay)
+            mu, next_mu = (nadam_mu(s, beta1, momentum_decay) for s in (step, step + 1))
+            on_grad = lr * (1 - mu) / (1 - product)
+            on_average = lr * next_mu / (1 - product * next_mu)
+        rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
+        p -= (on_grad * g + on_average * m) / (np.sqrt(v) * rsqrt_correction2 + eps)
+
+
+def nadam_mu(step: int, beta1: float, momentum_decay: float) -> float:
+    """NAdam's momentum at a step."""
+    return float(beta1 * (1 - 0.5 * math.pow(0.96, step * momentum_decay)))
+
+
+@functools.lru_cache(16)
+def nadam_product(step: int, beta1: float, momentum_decay: float) -> float:
+    """That of all steps so far, multiplied one by one."""
+    product = 1.0
+    for s in range(1, step + 1):
+        if product == 0:
+            break
+        product *= nadam_mu(s, beta1, momentum_decay)
+    return product
+
+
+def rule_decay(stages: Stages) -> float:
+    """The weight decay that is part of a rule's direction, taken out of what comes before the rule."""
+    mode = stages.get("decay_mode") or ("decoupled" if stages.get("decoupled_weight_decay") else "coupled")
+    return stages.pop("weight_decay", 0.0) if mode == "coupled" else 0.0
+
+
+def norm(x: Array) -> float:
+    """The root of :func:`sum_squares`."""
+    return math.sqrt(sum_squares(x))
+
+
+def lamb(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    **stages: Unpack[Stages],
+) -> None:
+    """Adam's direction, as long as the parameter is times lr; see :class:`fusedstep.LAMB`."""
+    beta1, beta2 = betas
+    weight_decay = rule_decay(stages)
+    with operands(param, grad, exp_avg, exp_avg_sq, lr=lr, **stages) as (p, g, m, v):
+        m += (1 - beta1) * (g - m)
+        v[:] = beta2 * v + (1 - beta2) * g * g
+        correction1, rsqrt_correction2 = 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+        direction = correction1 * m / (np.sqrt(v) * rsqrt_correction2 + eps) + weight_decay * p
+        param_norm, direction_norm = norm(p), norm(direction)
+        p -= (lr if param_norm == 0 or direction_norm == 0 else lr * (param_norm / direction_norm)) * direction
+
+
+def lars(
+    param: Array,
+    grad: Array,
+    momentum_buffer: Array,
+    *,
+    step: int,
+    lr: float = 1.0,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    trust_coefficient: float = 1e-3,
+    eps: float = 0.0,
+    **stages: Unpack[Stages],
+) -> None:
+    """Momentum's direction, as long as the parameter is times lr; see :class:`fusedstep.LARS`."""
+    weight_decay = rule_decay(stages)
+    with operands(param, grad, momentum_buffer, lr=lr, **stages) as (p, g, b):
+        direction = g + weight_decay * p
+        param_norm, direction_norm = norm(p), norm(direction)
+        ratio = 1.0
+        if param_norm != 0 and direction_norm != 0:
+            ratio = trust_coefficient * param_norm / (direction_norm + eps)
+        b[:] = momentum * b + lr * ratio * direction
+        p -= momentum * b + lr * ratio * direction if nesterov else b
+
+
+def adamax(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_inf: Array,
+    *,
+    step: int,
+    lr: float = 2e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    convention: str = "torch",
+    **stages: Unpack[Stages],
+) -> None:
+    """Adamax; see :class:`fusedstep.Adamax`."""
+    beta1, beta2 = betas
+    with operands(param, grad, exp_avg, exp_inf, lr=lr, **stages) as (p, g, m, u):
+        m += (1 - beta1) * (g - m)
+        eps_inside, eps_outside = (0.0, eps) if convention in ("keras", "tf") else (eps, 0.0)
+        before, now = beta2 * u, np.abs(g) + eps_inside
+        u[:] = np.where(before > now, before, now)
+        p -= lr / (1 - beta1**step) * m / (u + eps_outside)
+
+
+def radam(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    convention: str = "torch",
+    **stages: Unpack[Stages],
+) -> None:
+    """Rectified Adam; see :class:`fusedstep.RAdam`."""
+    beta1, beta2 = betas
+    if convention == "thinc":
+        step += 1
+    power2 = beta2**step
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * power2 / (1 - power2)
+    with operands(param, grad, exp_avg, exp_avg_sq, lr=lr, **stages) as (p, g, m, v):
+        m += (1 - beta1) * (g - m)
+        v[:] = beta2 * v + (1 - beta2) * g * g
+        step_size = lr / (1 - beta1**step)
+        if length > 5 or (length == 5 and convention != "torch"):
+            square = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+            on_step, on_root = math.sqrt(1 - power2), 1.0
+            if convention == "optax":
+                on_step, on_root = 1.0, 1 / math.sqrt(1 - power2)
+            p -= step_size * math.sqrt(square) * on_step * m / (np.sqrt(v) * on_root + eps)
+        else:
+            p -= step_size * m
+
+
+def lion(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    *,
+    step: int,
+    lr: float = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.99),
+    **stages: Unpack[Stages],
+) -> None:
+    """Lion; weight decay is decoupled unless given; see :class:`fusedstep.Lion`."""
+    beta1, beta2 = betas
+    stages.setdefault("decoupled_weight_decay", True)
+    with operands(param, grad, exp_avg, lr=lr, **stages) as (p, g, m):
+        p -= lr * np.sign(beta1 * m + (1 - beta1) * g)
+        m[:] = beta2 * m + (1 - beta2) * g
+
+
+def signum(
+    param: Array,
+    grad: Array,
+    momentum_buffer: Array | None = None,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    momentum: float = 0.9,
+    **stages: Unpack[Stages],
+) -> None:
+    """signSGD, with momentum if ``momentum_buffer`` is given; see :class:`fusedstep.Signum`."""
+    require_buffer(momentum_buffer, momentum)
+    with operands(param, grad, momentum_buffer, lr=lr, **stages) as (p, g, *buffer):
+        direction = g
+        if buffer:
+            (b,) = buffer
+            b[:] = direction = momentum * b + (1 - momentum) * g
+        p -= lr * np.sign(direction)
+
+
+def adabelief(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_var: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-16,
+    **stages: Unpack[Stages],
+) -> None:
+    """AdaBelief; see :class:`fusedstep.AdaBelief`."""
+    beta1, beta2 = betas
+    with operands(param, grad, exp_avg, exp_avg_var, lr=lr, **stages) as (p, g, m, s):
+        m += (1 - beta1) * (g - m)
+        surprise = g - m
+        s[:] = beta2 * s + (1 - beta2) * surprise * surprise + eps
+        step_size = lr / (1 - beta1**step)
+        rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
+        p -= step_size * m / (np.sqrt(s) * rsqrt_correction2 + eps)
+
+
+def yogi(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-3,
+    **stages: Unpack[Stages],
+) -> None:
+    """Yogi; see :class:`fusedstep.Yogi`."""
+    beta1, beta2 = betas
+    with operands(param, grad, exp_avg, exp_avg_sq, lr=lr, **stages) as (p, g, m, v):
+        square = g * g
+        m += (1 - beta1) * (g - m)
+        v -= (1 - beta2) * np.sign(v - square) * square
+        step_size = lr / (1 - beta1**step)
+        rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
+        p -= step_size * m / (np.sqrt(v) * rsqrt_correction2 + eps)
+
+
+def rprop(
+    param: Array,
+    grad: Array,
+    prev: Array,
+    step_size: Array,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    etas: tuple[float, float] = (0.5, 1.2),
+    step_sizes: tuple[float, float] = (1e-6, 50.0),
+    **stages: Unpack[Stages],
+) -> None:
+    """Rprop; ``step_size`` starts with ``lr``, which does nothing else; see :class:`fusedstep.Rprop`."""
+    shrink, grow = etas
+    with operands(param, grad, prev, step_size, lr=lr, **stages) as (p, g, before, s):
+        smallest, largest = p.dtype.type(step_sizes[0]), p.dtype.type(step_sizes[1])
+        direction = np.sign(g)
+        same = direction * before
+        s[same > 0] *= grow
+        s[same < 0] *= shrink
+        s[:] = np.where(s < smallest, smallest, np.where(s > largest, largest, s))  # a NaN stays one
+        before[:] = np.where(same < 0, 0, g)
+        p -= np.where(same < 0, 0, direction) * s
+
+
+def asgd(
+    param: Array,
+    grad: Array,
+    ax: Array,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    lambd: float = 1e-4,
+    alpha: float = 0.75,
+    t0: float = 1e6,
+    **stages: Unpack[Stages],
+) -> None:
+    """Averaged gradient descent; see :class:`fusedstep.ASGD`."""
+    eta = lr / (1 + lambd * lr * (step - 1)) ** alpha
+    mu = 1 / max(1, step - 1 - t0)
+    with operands(param, grad, ax, lr=lr, **stages) as (p, g, average):
+        p *= 1 - lambd * eta
+        p -= eta * g
+        average[:] = average + mu * (p - average) if mu < 1 else p
+
+
+def ftrl(
+    param: Array,
+    grad: Array,
+    accumulator: Array,
+    linear: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    beta: float = 0.0,
+    l1_regularization_strength: float = 0.0,
+    l2_regularization_strength: float = 0.0,
+    **stages: Unpack[Stages],
+) -> None:
+    """FTRL-Proximal; see :class:`fusedstep.FTRL`."""
+    rate, l1 = 1 / lr, l1_regularization_strength
+    l2 = beta / lr + 2 * l2_regularization_strength
+    with operands(param, grad, accumulator, linear, lr=lr, **stages) as (p, g, n, z):
+        before = np.sqrt(n)
+        n += g * g
+        root = np.sqrt(n)
+        z += g - (root - before) * rate * p
+        beyond = np.clip(z, -l1, l1) - z
+        p[:] = np.where(beyond == 0, 0, beyond / (root * rate + l2))
+
+
+def adan(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_diff: Array,
+    exp_avg_sq: Array,
+    pre_grad: Array,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+    eps: float = 1e-8,
+    **stages: Unpack[Stages],
+) -> None:
+    """Adan; weight decay is decoupled unless given; see :class:`fusedstep.Adan`."""
+    beta1, beta2, beta3 = betas
+    stages.setdefault("decoupled_weight_decay", True)
+    states = exp_avg, exp_avg_diff, exp_avg_sq, pre_grad
+    with operands(param, grad, *states, lr=lr, **stages) as (p, g, m, v, n, before):
+        diff = g - before if step > 1 else np.zeros_like(g)
+        ahead = g + beta2 * diff
+        m += (1 - beta1) * (g - m)
+        v += (1 - beta2) * (diff - v)
+        n[:] = beta3 * n + (1 - beta3) * ahead * ahead
+        before[:] = g
+        step_size = lr / (1 - beta1**step)
+        diff_step_size = lr * beta2 / (1 - beta2**step)
+        rsqrt_correction3 = 1 / math.sqrt(1 - beta3**step)
+        p -= (step_size * m + diff_step_size * v) / (np.sqrt(n) * rsqrt_correction3 + eps)
 
 
 # ---- Norms --------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,27 @@ def conventions() -> dict[str, dict[str, dict[str, Any]]]:
     return {name: {own: dict(values) for own, values in globals()[name]._conventions.items()} for name in __all__}
 
 
-__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "RMSprop"]
+__all__ = [
+    "ASGD",
+    "FTRL",
+    "LAMB",
+    "LARS",
+    "SGD",
+    "AdaBelief",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Adan",
+    "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "Signum",
+    "Yogi",
+]
 
 
 class SGD(Optimizer):
@@ -437,3 +457,893 @@ class AdamW(Adam):
         "optax": {"lr": REQUIRED, "weight_decay": 1e-4},
     }
     _option_defaults: ClassVar[dict[str, Any]] = {"weight_decay": 1e-2, "decoupled_weight_decay": True}
+
+
+class NAdam(Optimizer):
+    r"""NAdam: Adam with Nesterov's momentum, which grows over time.
+
+    .. math::
+
+        \mu_t &= \beta_1 \left(1 - \tfrac{1}{2} 0.96^{t \psi}\right) \\
+        p_t &= p_{t-1} - \gamma \left(\frac{1 - \mu_t}{1 - \prod_{i \le t} \mu_i} g_t +
+               \frac{\mu_{t+1}}{1 - \prod_{i \le t + 1} \mu_i} m_t\right) \Big/
+               \left(\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon\right)
+
+    with :math:`m` and :math:`v` as in :class:`Adam`.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
+    eps : float
+        :math:`\epsilon`, outside the corrected root.
+    momentum_decay : float
+        :math:`\psi`; 0.004 in PyTorch, 1 in Keras.
+
+    Notes
+    -----
+    The product is that of the present :math:`\beta_1` for all steps so far. optax has :math:`\beta_1` in place of
+    :math:`\mu_t`.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.NAdam([w], lr=0.5, betas=(0.0, 0.0), eps=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1])])
+    >>> w
+    array([-0.5,  0.5])
+
+    References
+    ----------
+    As ``torch.optim.NAdam``; Dozat, "Incorporating Nesterov Momentum into Adam" (2016).
+    """
+
+    _rule = staticmethod(reference.nadam)
+    _non_negative_states = ("exp_avg_sq",)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"lr": 1e-3, "eps": 1e-7, "momentum_decay": 1.0, "decoupled_weight_decay": True},
+        "optax": {"lr": REQUIRED},
+        "tf": {"lr": 1e-3, "eps": 1e-7},
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 2e-3,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-8,
+        momentum_decay: Hyper = 4e-3,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, momentum_decay=momentum_decay), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+
+class LAMB(Optimizer):
+    r"""LAMB: steps in Adam's direction, as long as the array is times the learning rate; for large batches.
+
+    .. math::
+
+        d_t &= \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon} + \lambda p_{t-1} \\
+        p_t &= p_{t-1} - \gamma \frac{\|p_{t-1}\|}{\|d_t\|} d_t
+
+    with :math:`m` and :math:`v` as in :class:`Adam`; the ratio is 1 where either norm is 0.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options. Each array has its own ratio.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
+    eps : float
+        :math:`\epsilon`, outside the corrected root.
+
+    Notes
+    -----
+    ``weight_decay``, :math:`\lambda`, is part of the direction unless it is decoupled (as in Keras). A step reads
+    everything twice. Gradients are not clipped unless you say so (apex does, to a norm of 1).
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.array([3.0, -4.0])
+    >>> opt = fs.LAMB([w], lr=0.2, eps=0.0)
+    >>> _ = opt.step([np.array([0.1, 0.1])])
+    >>> w
+    array([ 2.29289322, -4.70710678])
+
+    References
+    ----------
+    As ``optax.lamb``; You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes" (2020).
+    """
+
+    _rule = staticmethod(reference.lamb)
+    _non_negative_states = ("exp_avg_sq",)
+    _is_scaled = True
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"eps": 1e-7, "decoupled_weight_decay": True},
+        "optax": {"lr": REQUIRED},
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-6,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+
+class LARS(Optimizer):
+    r"""LARS: momentum with steps as long as the array is times the learning rate; for large batches.
+
+    .. math::
+
+        d_t &= g_t + \lambda p_{t-1} \\
+        b_t &= \mu b_{t-1} + \gamma \frac{\tau \|p_{t-1}\|}{\|d_t\| + \epsilon} d_t \\
+        p_t &= p_{t-1} - b_t
+
+    The ratio is 1 where either norm is 0.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options. Each array has its own ratio.
+    lr : float
+        Learning rate :math:`\gamma`, inside the state ``momentum_buffer``.
+    momentum : float
+        :math:`\mu`.
+    nesterov : bool
+        Step by :math:`\mu b_t` and the last summand of :math:`b_t`.
+    trust_coefficient : float
+        :math:`\tau`.
+    eps : float
+        :math:`\epsilon`, beside the norm of the direction.
+
+    Notes
+    -----
+    ``weight_decay``, :math:`\lambda`, is part of the direction unless it is decoupled. A step reads everything twice.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.array([3.0, -4.0])
+    >>> opt = fs.LARS([w], lr=1.0, trust_coefficient=0.2)
+    >>> _ = opt.step([np.array([0.0, 8.0])])
+    >>> w
+    array([ 3., -5.])
+
+    References
+    ----------
+    As ``optax.lars``; You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks" (2017).
+    """
+
+    _rule = staticmethod(reference.lars)
+    _is_scaled = True
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}, "optax": {"lr": REQUIRED}}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1.0,
+        *,
+        momentum: Hyper = 0.9,
+        nesterov: bool = False,
+        trust_coefficient: Hyper = 1e-3,
+        eps: Hyper = 0.0,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        hyper = dict(lr=lr, momentum=momentum, nesterov=nesterov, trust_coefficient=trust_coefficient, eps=eps)
+        super().__init__(params, hyper, options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",)
+
+    @classmethod
+    def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
+        return "lars_nesterov" if hyper["nesterov"] else "lars"
+
+
+class Adamax(Optimizer):
+    r"""Adamax: Adam with the largest gradient, slowly forgotten, in place of the root of the mean square.
+
+    .. math::
+
+        m_t &= m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}) \\
+        u_t &= \max(\beta_2 u_{t-1}, |g_t| + \epsilon) \\
+        p_t &= p_{t-1} - \frac{\gamma}{1 - \beta_1^t} \frac{m_t}{u_t}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_inf`` (:math:`u`).
+    eps : float
+        :math:`\epsilon`, beside the magnitude of the gradient.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.Adamax([w], lr=0.5, eps=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1])])
+    >>> w
+    array([-0.5,  0.5])
+
+    References
+    ----------
+    As ``torch.optim.Adamax``; Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015), section 7.1.
+    """
+
+    _rule = staticmethod(reference.adamax)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"lr": 1e-3, "eps": 1e-7, "decoupled_weight_decay": True},
+        "optax": {"lr": REQUIRED},
+        "tf": {"lr": 1e-3, "eps": 1e-7},
+    }
+    _non_negative_states = ("exp_inf",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 2e-3,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-8,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_inf")
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # The other one has more magnitudes, being positive: the quotient of what is rounded up here would be large.
+        return ("exp_avg",)
+
+
+class RAdam(Optimizer):
+    r"""RAdam: Adam that starts without the denominator, and then rectifies its variance while it is an average of few.
+
+    .. math::
+
+        m_t &= m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}) \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        \rho_t &= \rho - \frac{2 t \beta_2^t}{1 - \beta_2^t}, \qquad \rho = \frac{2}{1 - \beta_2} - 1 \\
+        p_t &= p_{t-1} - \frac{\gamma}{1 - \beta_1^t} m_t \, \begin{cases}
+               r_t \sqrt{1 - \beta_2^t} / (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\ 1 & \text{else}\end{cases} \\
+        r_t^2 &= \frac{(\rho_t - 4) (\rho_t - 2) \rho}{(\rho - 4) (\rho - 2) \rho_t}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
+    eps : float
+        :math:`\epsilon`, outside the uncorrected root.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.RAdam([w], lr=0.5)
+    >>> _ = opt.step([np.array([3.0, -0.25])])
+    >>> w
+    array([-1.5  ,  0.125])
+
+    References
+    ----------
+    As ``torch.optim.RAdam``; Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond" (2020).
+    """
+
+    _rule = staticmethod(reference.radam)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "optax": {"lr": REQUIRED},
+        "thinc": {"clip_norm_per_array": 1.0, "decay_mode": "decoupled_after"},
+    }
+    _non_negative_states = ("exp_avg_sq",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-8,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+
+class Lion(Optimizer):
+    r"""Lion: steps of one size, in the direction of the sign of a momentum that looks ahead.
+
+    .. math::
+
+        c_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+        p_t &= p_{t-1} - \gamma \operatorname{sign}(c_t) \\
+        m_t &= \beta_2 m_{t-1} + (1 - \beta_2) g_t
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options. ``decoupled_weight_decay`` is True unless given, as in
+        the paper, whose :math:`p - \gamma (\operatorname{sign}(c) + \lambda p)` is that but for rounding.
+    lr : float
+        Learning rate :math:`\gamma`: the size of each step. The authors advise a third to a tenth of AdamW's, and 3 to 10
+        times its weight decay.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`; the state is ``exp_avg`` (:math:`m`).
+
+    Notes
+    -----
+    The sign of 0 is 0: where there never was a gradient, nothing moves.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(3)
+    >>> opt = fs.Lion([w], lr=0.5)
+    >>> _ = opt.step([np.array([3.0, -0.1, 0.0])])
+    >>> w
+    array([-0.5,  0.5,  0. ])
+
+    References
+    ----------
+    Chen et al., "Symbolic Discovery of Optimization Algorithms" (2023), algorithm 2, and its defaults; ``optax.lion``.
+    """
+
+    _rule = staticmethod(reference.lion)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"lr": 1e-3, "weight_decay": 0.0},
+        "optax": {"lr": REQUIRED, "weight_decay": 1e-3},
+    }
+    _option_defaults: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-4,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.99),
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg",)
+
+
+class Signum(Optimizer):
+    r"""Signum, signSGD with momentum: steps of one size, in the direction of the sign of the momentum.
+
+    .. math::
+
+        b_t &= \mu b_{t-1} + (1 - \mu) g_t \\
+        p_t &= p_{t-1} - \gamma \operatorname{sign}(b_t)
+
+    Without momentum this is signSGD: :math:`p_t = p_{t-1} - \gamma \operatorname{sign}(g_t)`.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`: the size of each step.
+    momentum : float
+        :math:`\mu`; 0 keeps no state, anything else the state ``momentum_buffer``.
+
+    Notes
+    -----
+    The sign of 0 is 0.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(3)
+    >>> opt = fs.Signum([w], lr=0.5, momentum=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1, 0.0])])
+    >>> w
+    array([-0.5,  0.5,  0. ])
+
+    References
+    ----------
+    Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems" (2018); defaults as
+    ``mxnet.optimizer.Signum``, its authors' implementation; ``optax.signum`` and ``optax.sign_sgd``.
+    """
+
+    _rule = staticmethod(reference.signum)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        *,
+        momentum: Hyper = 0.9,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum), options)
+
+    @staticmethod
+    def _check_hyper(values: Mapping[str, Any]) -> None:
+        if not values["momentum"] < 1:
+            raise ValueError(f"momentum: expected a number in [0, 1), got {values['momentum']}")
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if hyper["momentum"] != 0 else ()
+
+    @classmethod
+    def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
+        return "signum" if states else "signsgd"
+
+
+class AdaBelief(Optimizer):
+    r"""AdaBelief: Adam that divides by how far gradients are from their average: large steps where they are as expected.
+
+    .. math::
+
+        m_t &= m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}) \\
+        s_t &= \beta_2 s_{t-1} + (1 - \beta_2) (g_t - m_t)^2 + \epsilon \\
+        p_t &= p_{t-1} - \frac{\gamma}{1 - \beta_1^t}
+               \frac{m_t}{\sqrt{s_t} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_var`` (:math:`s`).
+    eps : float
+        :math:`\epsilon`, as in the paper in both places: added to :math:`s` in each step, and outside the corrected root.
+        It adds up: with gradients as expected :math:`s` tends to :math:`\epsilon / (1 - \beta_2)`. The default is that of
+        the authors' implementation and of optax, which calls the first place ``eps_root``.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.AdaBelief([w], lr=0.5, betas=(0.5, 0.5), eps=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.25])])
+    >>> w
+    array([-1.,  1.])
+
+    References
+    ----------
+    Zhuang et al., "AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients" (2020), algorithm 2;
+    ``optax.adabelief``.
+    """
+
+    _rule = staticmethod(reference.adabelief)
+    _non_negative_states = ("exp_avg_var",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-16,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_var")
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # What it differs from the gradient by may be much smaller than it is.
+        return ("exp_avg",)
+
+
+class Yogi(Optimizer):
+    r"""Yogi: Adam whose mean square shrinks no faster than it grows, however large it has been.
+
+    .. math::
+
+        m_t &= m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}) \\
+        v_t &= v_{t-1} - (1 - \beta_2) \operatorname{sign}(v_{t-1} - g_t^2) g_t^2 \\
+        p_t &= p_{t-1} - \frac{\gamma}{1 - \beta_1^t}
+               \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
+    eps : float
+        :math:`\epsilon`, outside the corrected root.
+    initial_accumulator_value : float
+        What the state ``exp_avg_sq`` starts with.
+
+    Notes
+    -----
+    The corrections of the start, which the paper leaves out, are optax's. It starts ``exp_avg`` with the initial value, too,
+    which moves parameters that have no gradient; here that starts with 0, as in the paper.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.Yogi([w], lr=0.5, eps=0.0, initial_accumulator_value=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1])])
+    >>> w
+    array([-0.5,  0.5])
+
+    References
+    ----------
+    Zaheer et al., "Adaptive Methods for Nonconvex Optimization" (2018), algorithm 2; ``optax.yogi``.
+    """
+
+    _rule = staticmethod(reference.yogi)
+    _non_negative_states = ("exp_avg_sq",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-3,
+        initial_accumulator_value: float = 1e-6,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        hyper = dict(lr=lr, betas=betas, eps=eps, initial_accumulator_value=initial_accumulator_value)
+        super().__init__(params, hyper, options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    @staticmethod
+    def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
+        return float(hyper["initial_accumulator_value"]) if name == "exp_avg_sq" else 0.0
+
+
+class Rprop(Optimizer):
+    r"""Rprop: a step size for each element, which grows as long as the sign of its gradient stays, and else shrinks.
+
+    .. math::
+
+        c_t &= \operatorname{sign}(g_t) \, g_{t-1} \\
+        s_t &= s_{t-1} \begin{cases} \eta_+ & c_t > 0 \\ \eta_- & c_t < 0 \\ 1 & c_t = 0 \end{cases}
+               \quad \text{bounded to } [s_{\min}, s_{\max}] \\
+        g_t &\leftarrow 0 \quad \text{where } c_t < 0 \\
+        p_t &= p_{t-1} - \operatorname{sign}(g_t) s_t
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        What the state ``step_size`` (:math:`s`) starts with; later values do nothing, but for decoupled weight decay.
+    etas : pair of float
+        :math:`\eta_-, \eta_+`, below and above 1.
+    step_sizes : pair of float
+        :math:`s_{\min}, s_{\max}`.
+
+    Notes
+    -----
+    For full batches: the signs of mini-batches change too often. The state ``prev`` has the gradient of the step before.
+    PyTorch takes the sign of the product :math:`g_t g_{t-1}`, which vanishes where both are small.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.Rprop([w], lr=0.5, etas=(0.5, 1.5))
+    >>> for g in ([3.0, 3.0], [0.1, -0.1]):
+    ...     _ = opt.step([np.array(g)])
+    >>> w
+    array([-1.25, -0.5 ])
+
+    References
+    ----------
+    As ``torch.optim.Rprop``; Riedmiller and Braun, "A Direct Adaptive Method for Faster Backpropagation Learning: The RPROP
+    Algorithm" (1993).
+    """
+
+    _rule = staticmethod(reference.rprop)
+    _non_negative_states = ("step_size",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        *,
+        etas: tuple[Hyper, Hyper] = (0.5, 1.2),
+        step_sizes: tuple[Hyper, Hyper] = (1e-6, 50),
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, etas=etas, step_sizes=step_sizes), options)
+
+    @staticmethod
+    def _check_hyper(values: Mapping[str, Any]) -> None:
+        if not values["etas"][0] < 1 < values["etas"][1]:
+            raise ValueError(f"etas: expected a pair of numbers below and above 1, got {values['etas']}")
+        if not values["step_sizes"][0] <= values["step_sizes"][1]:
+            raise ValueError(f"step_sizes: expected a pair of numbers, the lower first, got {values['step_sizes']}")
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("prev", "step_size")
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # Rounded at random, what is small would be 0 and have no sign, and step sizes would wander.
+        return ("prev", "step_size")
+
+    @staticmethod
+    def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
+        return float(hyper["lr"]) if name == "step_size" else 0.0
+
+
+class ASGD(Optimizer):
+    r"""Averaged stochastic gradient descent: with steps and weights that shrink, and the mean of the parameters.
+
+    .. math::
+
+        \eta_t &= \frac{\gamma}{(1 + \lambda \gamma (t - 1))^\alpha} \\
+        p_t &= (1 - \lambda \eta_t) p_{t-1} - \eta_t g_t \\
+        a_t &= a_{t-1} + \mu_t (p_t - a_{t-1}), \qquad \mu_t = \frac{1}{\max(1, t - 1 - t_0)}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma` of the first step.
+    lambd : float
+        :math:`\lambda`, which decays both learning rate and parameters.
+    alpha : float
+        :math:`\alpha`, how fast the learning rate decays; 0.75 in the paper on averaging, 1 without averaging.
+    t0 : float
+        :math:`t_0`, the step after which the state ``ax`` (:math:`a`) begins to average; it is the parameter until then.
+
+    Notes
+    -----
+    PyTorch computes :math:`\eta` and :math:`\mu` a step ahead, in float32 unless its default is float64; with an `lr` that
+    changes, its steps have the `lr` of the step before. For averages that follow `bounds`, and can be swapped in, see
+    `ema_decay` and ``fusedstep.schedules.equal_average``.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(1)
+    >>> opt = fs.ASGD({"w": w}, lr=1.0, lambd=0.0, t0=0)
+    >>> for g in (-1.0, -1.0, -1.0):
+    ...     _ = opt.step({"w": np.array([g])})
+    >>> w, opt.state["w"]["ax"]
+    (array([3.]), array([2.5]))
+
+    References
+    ----------
+    As ``torch.optim.ASGD``; Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging" (1992).
+    """
+
+    _rule = staticmethod(reference.asgd)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        *,
+        lambd: Hyper = 1e-4,
+        alpha: Hyper = 0.75,
+        t0: Hyper = 1e6,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, lambd=lambd, alpha=alpha, t0=t0), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("ax",)
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # It is a result, not a means, as averages of parameters are.
+        return ("ax",)
+
+
+class FTRL(Optimizer):
+    r"""FTRL-Proximal, "follow the regularized leader": gradient descent with exact zeros, for sparse linear models.
+
+    .. math::
+
+        z_t &= z_{t-1} + g_t - \frac{\sqrt{n_{t-1} + g_t^2} - \sqrt{n_{t-1}}}{\gamma} p_{t-1} \\
+        n_t &= n_{t-1} + g_t^2 \\
+        p_t &= \begin{cases} 0 & |z_t| \le \lambda_1 \\
+               - \dfrac{z_t - \lambda_1 \operatorname{sign}(z_t)}{(\beta + \sqrt{n_t}) / \gamma + 2 \lambda_2} &
+               \text{else} \end{cases}
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        Learning rate :math:`\gamma`, above 0.
+    initial_accumulator_value : float
+        What the state ``accumulator`` (:math:`n`) starts with.
+    beta : float
+        :math:`\beta`, which makes the first steps smaller.
+    l1_regularization_strength : float
+        :math:`\lambda_1`: parameters whose state ``linear`` (:math:`z`) stays within it are exactly 0.
+    l2_regularization_strength : float
+        :math:`\lambda_2`, as in Keras half of the paper's.
+
+    Notes
+    -----
+    Parameters follow from the state: they should start from 0, for other values are soon forgotten unless
+    `initial_accumulator_value` is 0. The common options `l1` and `weight_decay` change the gradient, which makes parameters
+    small, not 0. Keras' ``learning_rate_power`` is -1/2 here, as in the paper: other powers are not rounded in the same way
+    everywhere. Where there never was a gradient, and `initial_accumulator_value` and `beta` are 0, parameters are 0, and nan
+    in Keras.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.FTRL([w], lr=0.5, initial_accumulator_value=0.0, l1_regularization_strength=1.0)
+    >>> _ = opt.step([np.array([4.0, 0.75])])
+    >>> w
+    array([-0.375,  0.   ])
+
+    References
+    ----------
+    McMahan et al., "Ad Click Prediction: a View from the Trenches" (2013), algorithm 1; as ``keras.optimizers.Ftrl``.
+    """
+
+    _rule = staticmethod(reference.ftrl)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}, "keras": {"decoupled_weight_decay": True}, "tf": {}}
+    _non_negative_states = ("accumulator",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        initial_accumulator_value: float = 0.1,
+        beta: Hyper = 0.0,
+        l1_regularization_strength: Hyper = 0.0,
+        l2_regularization_strength: Hyper = 0.0,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        hyper = dict(
+            lr=lr,
+            initial_accumulator_value=initial_accumulator_value,
+            beta=beta,
+            l1_regularization_strength=l1_regularization_strength,
+            l2_regularization_strength=l2_regularization_strength,
+        )
+        super().__init__(params, hyper, options)
+
+    @staticmethod
+    def _check_hyper(values: Mapping[str, Any]) -> None:
+        if values["lr"] == 0:
+            raise ValueError(f"lr: expected a finite number > 0, got {values['lr']}")
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("accumulator", "linear")
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # Roots of the one are subtracted from each other, and parameters are as exact as both.
+        return ("accumulator", "linear")
+
+    @staticmethod
+    def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
+        return float(hyper["initial_accumulator_value"]) if name == "accumulator" else 0.0
+
+
+class Adan(Optimizer):
+    r"""Adan: Adam with Nesterov momentum, by an average of how gradients change.
+
+    .. math::
+
+        d_t &= g_t - g_{t-1} \qquad (d_1 = 0) \\
+        m_t &= m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}) \\
+        v_t &= v_{t-1} + (1 - \beta_2) (d_t - v_{t-1}) \\
+        n_t &= \beta_3 n_{t-1} + (1 - \beta_3) (g_t + \beta_2 d_t)^2 \\
+        p_t &= p_{t-1} - \gamma \left(\frac{m_t}{1 - \beta_1^t} + \frac{\beta_2 v_t}{1 - \beta_2^t}\right) \bigg/
+               \left(\frac{\sqrt{n_t}}{\sqrt{1 - \beta_3^t}} + \epsilon\right)
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options. ``decoupled_weight_decay`` is True unless given: the
+        authors' ``no_prox=True``, and to first order their :math:`p / (1 + \gamma \lambda)` after the step.
+    lr : float
+        Learning rate :math:`\gamma`.
+    betas : three floats
+        :math:`\beta_1, \beta_2, \beta_3`, of the states ``exp_avg`` (:math:`m`), ``exp_avg_diff`` (:math:`v`) and
+        ``exp_avg_sq`` (:math:`n`); as in the authors' implementation, in the paper these are :math:`1 - \beta`.
+    eps : float
+        :math:`\epsilon`, outside the corrected root.
+
+    Notes
+    -----
+    The state ``pre_grad`` has the gradient of the step before. In optax :math:`(1 - \beta_2) d_t` stands where the paper and
+    its implementation have, in this notation, :math:`\beta_2 d_t`, and so with :math:`v_t`.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.Adan([w], lr=0.5, eps=0.0)
+    >>> _ = opt.step([np.array([3.0, -0.1])])
+    >>> w.round(12)
+    array([-0.5,  0.5])
+
+    References
+    ----------
+    Xie et al., "Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep Models" (2022), algorithm 1.
+    """
+
+    _rule = staticmethod(reference.adan)
+    _option_defaults: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
+    _non_negative_states = ("exp_avg_sq",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        *,
+        betas: tuple[Hyper, Hyper, Hyper] = (0.98, 0.92, 0.99),
+        eps: Hyper = 1e-8,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_diff", "exp_avg_sq", "pre_grad")
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # What it differs from the next gradient by may be much smaller than it is.
+        return ("pre_grad",)

@@ -66,7 +66,8 @@ def torch(work: Work, params: list[Array], grads: list[Array], **how: bool) -> W
     for tensor, grad in zip(made, grads):
         tensor.grad = torch.from_numpy(grad)
     optimizer, settings = database.TRAIN[work.rule]
-    if "fused" in how and optimizer.__name__ not in ("SGD", "Adagrad", "Adam", "AdamW"):
+    known = ("SGD", "Adagrad", "Adam", "AdamW") if "fused" in how else dir(torch.optim)
+    if optimizer.__name__ not in known:
         return None
     opt = getattr(torch.optim, optimizer.__name__)(made, **settings, **how)
 

@@ -1,0 +1,51 @@
+/* LAMB (You et al. 2020), as in its paper and in optax: steps of Adam, as long as the parameter is times lr.
+ *
+ *     m, v as in Adam
+ *     d = (m / (1 - beta1^step)) / (sqrt(v) / sqrt(1 - beta2^step) + eps) + weight_decay p
+ *     p = p - lr |p| / |d| d      (lr d if either norm is 0)
+ *
+ * Keras has the decay decoupled.
+ */
+#ifndef real
+
+typedef struct { double lr, beta1, beta2, eps, weight_decay; } lamb_hyper;
+static const char lamb_hyper_names[] = "lr beta1 beta2 eps weight_decay";
+
+typedef struct {
+    double one_minus_beta1, beta2, one_minus_beta2, correction1, rsqrt_correction2, eps, weight_decay, rate;
+} lamb_coefs;
+
+static void lamb_prepare(const lamb_hyper *h, double step, lamb_coefs *c)
+{
+    c->one_minus_beta1 = 1.0 - h->beta1;
+    c->beta2 = h->beta2;
+    c->one_minus_beta2 = 1.0 - h->beta2;
+    c->correction1 = 1.0 / (1.0 - pow(h->beta1, step));
+    c->rsqrt_correction2 = 1.0 / sqrt(1.0 - pow(h->beta2, step));
+    c->eps = h->eps;
+    c->weight_decay = h->weight_decay;
+}
+
+static void lamb_scale(const lamb_hyper *h, double param_norm, double direction_norm, lamb_coefs *c)
+{
+    c->rate = param_norm == 0.0 || direction_norm == 0.0 ? h->lr : h->lr * (param_norm / direction_norm);
+}
+
+#else
+
+RULE(lamb_direction)(real *p, real g, real *exp_avg, real *exp_avg_sq, const lamb_coefs *c)
+{
+    *exp_avg = *exp_avg + (real)c->one_minus_beta1 * (g - *exp_avg);
+    *exp_avg_sq = (real)c->beta2 * *exp_avg_sq + (real)c->one_minus_beta2 * g * g;
+    *p = (real)c->correction1 * *exp_avg / (SQRT(*exp_avg_sq) * (real)c->rsqrt_correction2 + (real)c->eps) +
+         (real)c->weight_decay * *p;
+}
+
+RULE(lamb)(real *p, real g, real *exp_avg, real *exp_avg_sq, const lamb_coefs *c)
+{
+    real direction = *p;
+    FN(lamb_direction_element)(&direction, g, exp_avg, exp_avg_sq, c);
+    *p = *p - (real)c->rate * direction;
+}
+
+#endif

@@ -1,0 +1,58 @@
+/* LARS (You, Gitman & Ginsburg 2017), as in its paper and in optax: steps of momentum, as long as the parameter is times
+ * trust_coefficient lr.
+ *
+ *     d = g + weight_decay p
+ *     r = trust_coefficient |p| / (|d| + eps)      (1 if either norm is 0)
+ *     b = momentum b + lr r d
+ *     p = p - b,  or  p - (momentum b + lr r d)  (Nesterov)
+ */
+#ifndef real
+
+typedef struct { double lr, momentum, trust_coefficient, eps, weight_decay; } lars_hyper;
+static const char lars_hyper_names[] = "lr momentum trust_coefficient eps weight_decay";
+
+typedef struct { double momentum, weight_decay, rate; } lars_coefs;
+
+static void lars_prepare(const lars_hyper *h, double step, lars_coefs *c)
+{
+    (void)step;
+    c->momentum = h->momentum;
+    c->weight_decay = h->weight_decay;
+}
+
+static void lars_scale(const lars_hyper *h, double param_norm, double direction_norm, lars_coefs *c)
+{
+    const double ratio = h->trust_coefficient * param_norm / (direction_norm + h->eps);
+    c->rate = param_norm == 0.0 || direction_norm == 0.0 ? h->lr : h->lr * ratio;
+}
+
+#else
+
+RULE(lars_direction)(real *p, real g, real *buffer, const lars_coefs *c)
+{
+    (void)buffer;
+    *p = g + (real)c->weight_decay * *p;
+}
+
+RULE(lars)(real *p, real g, real *buffer, const lars_coefs *c)
+{
+    real direction = *p;
+    FN(lars_direction_element)(&direction, g, buffer, c);
+    *buffer = (real)c->momentum * *buffer + (real)c->rate * direction;
+    *p = *p - *buffer;
+}
+
+RULE(lars_nesterov_direction)(real *p, real g, real *buffer, const lars_coefs *c)
+{
+    FN(lars_direction_element)(p, g, buffer, c);
+}
+
+RULE(lars_nesterov)(real *p, real g, real *buffer, const lars_coefs *c)
+{
+    real direction = *p;
+    FN(lars_direction_element)(&direction, g, buffer, c);
+    *buffer = (real)c->momentum * *buffer + (real)c->rate * direction;
+    *p = *p - ((real)c->momentum * *buffer + (real)c->rate * direction);
+}
+
+#endif
