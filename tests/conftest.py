@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
 import hypothesis
@@ -64,6 +66,19 @@ def all_threads():
 @pytest.fixture
 def rng():
     return np.random.default_rng(12345)
+
+
+@pytest.fixture
+def keras():
+    """Keras in float64."""
+    jax = pytest.importorskip("jax")
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # in NumPy it computes in float32
+    with jax.enable_x64(True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        keras = pytest.importorskip("keras")
+        keras.config.set_floatx("float64")
+        yield keras
+        keras.config.set_floatx("float32")
 
 
 def run(optimizer, params, grads_of_steps, **settings):

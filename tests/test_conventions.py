@@ -5,7 +5,6 @@ RAdam, and less than 5e-15 of other rules.
 """
 
 import inspect
-import os
 import warnings
 
 import jax
@@ -46,51 +45,40 @@ def compare(rule, convention, settings, theirs):
 # ---- Keras --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def keras():
-    os.environ.setdefault("KERAS_BACKEND", "jax")  # in NumPy it computes in float32
-    with jax.enable_x64(True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        keras = pytest.importorskip("keras")
-        keras.config.set_floatx("float64")
-        yield keras
-        keras.config.set_floatx("float32")
+KERAS = [
+    ("SGD", {}, "SGD", {}),
+    ("SGD", {"momentum": 0.9}, "SGD", {"momentum": 0.9}),
+    ("SGD", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, "SGD",
+     {"learning_rate": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    ("Adagrad", {}, "Adagrad", {}),
+    ("Adadelta", {}, "Adadelta", {}),
+    ("RMSprop", {}, "RMSprop", {}),
+    ("RMSprop", {"momentum": 0.9}, "RMSprop", {"momentum": 0.9}),
+    ("RMSprop", {"centered": True, "momentum": 0.5, "eps": 1e-3}, "RMSprop",
+     {"centered": True, "momentum": 0.5, "epsilon": 1e-3}),
+    ("Adam", {}, "Adam", {}),
+    ("Adam", {"eps": 0.1, "amsgrad": True}, "Adam", {"epsilon": 0.1, "amsgrad": True}),
+    ("AdamW", {}, "AdamW", {}),
+    ("Adamax", {}, "Adamax", {}),
+    ("Adamax", {"lr": 0.1, "betas": (0.5, 0.75), "eps": 0.1}, "Adamax",
+     {"learning_rate": 0.1, "beta_1": 0.5, "beta_2": 0.75, "epsilon": 0.1}),
+    ("Lion", {"weight_decay": 0.1}, "Lion", {"weight_decay": 0.1}),
+    ("FTRL", {"lr": 0.01}, "Ftrl", {"learning_rate": 0.01}),
+    ("FTRL", {"lr": 0.1, "beta": 1.0, "l1_regularization_strength": 0.5, "l2_regularization_strength": 0.1}, "Ftrl",
+     {"learning_rate": 0.1, "beta": 1.0, "l1_regularization_strength": 0.5, "l2_regularization_strength": 0.1}),
+    ("NAdam", {}, "Nadam", {}),
+    ("NAdam", {"lr": 0.1, "betas": (0.5, 0.75), "eps": 0.01}, "Nadam",
+     {"learning_rate": 0.1, "beta_1": 0.5, "beta_2": 0.75, "epsilon": 0.01}),
+    ("LAMB", {}, "Lamb", {}),
+    ("LAMB", {"lr": 0.1, "weight_decay": 0.1, "eps": 0.01}, "Lamb",
+     {"learning_rate": 0.1, "weight_decay": 0.1, "epsilon": 0.01}),
+    ("Adam", {"clip_norm": 0.5}, "Adam", {"global_clipnorm": 0.5}),
+    ("Adam", {"clip_norm_per_array": 0.5}, "Adam", {"clipnorm": 0.5}),
+    ("Adam", {"clip_value": 0.1}, "Adam", {"clipvalue": 0.1}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("rule", "settings", "name", "theirs"),
-    [
-        ("SGD", {}, "SGD", {}),
-        ("SGD", {"momentum": 0.9}, "SGD", {"momentum": 0.9}),
-        ("SGD", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, "SGD",
-         {"learning_rate": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-        ("Adagrad", {}, "Adagrad", {}),
-        ("Adadelta", {}, "Adadelta", {}),
-        ("RMSprop", {}, "RMSprop", {}),
-        ("RMSprop", {"momentum": 0.9}, "RMSprop", {"momentum": 0.9}),
-        ("RMSprop", {"centered": True, "momentum": 0.5, "eps": 1e-3}, "RMSprop",
-         {"centered": True, "momentum": 0.5, "epsilon": 1e-3}),
-        ("Adam", {}, "Adam", {}),
-        ("Adam", {"eps": 0.1, "amsgrad": True}, "Adam", {"epsilon": 0.1, "amsgrad": True}),
-        ("AdamW", {}, "AdamW", {}),
-        ("Adamax", {}, "Adamax", {}),
-        ("Adamax", {"lr": 0.1, "betas": (0.5, 0.75), "eps": 0.1}, "Adamax",
-         {"learning_rate": 0.1, "beta_1": 0.5, "beta_2": 0.75, "epsilon": 0.1}),
-        ("Lion", {"weight_decay": 0.1}, "Lion", {"weight_decay": 0.1}),
-        ("FTRL", {"lr": 0.01}, "Ftrl", {"learning_rate": 0.01}),
-        ("FTRL", {"lr": 0.1, "beta": 1.0, "l1_regularization_strength": 0.5, "l2_regularization_strength": 0.1}, "Ftrl",
-         {"learning_rate": 0.1, "beta": 1.0, "l1_regularization_strength": 0.5, "l2_regularization_strength": 0.1}),
-        ("NAdam", {}, "Nadam", {}),
-        ("NAdam", {"lr": 0.1, "betas": (0.5, 0.75), "eps": 0.01}, "Nadam",
-         {"learning_rate": 0.1, "beta_1": 0.5, "beta_2": 0.75, "epsilon": 0.01}),
-        ("LAMB", {}, "Lamb", {}),
-        ("LAMB", {"lr": 0.1, "weight_decay": 0.1, "eps": 0.01}, "Lamb",
-         {"learning_rate": 0.1, "weight_decay": 0.1, "epsilon": 0.01}),
-        ("Adam", {"clip_norm": 0.5}, "Adam", {"global_clipnorm": 0.5}),
-        ("Adam", {"clip_norm_per_array": 0.5}, "Adam", {"clipnorm": 0.5}),
-        ("Adam", {"clip_value": 0.1}, "Adam", {"clipvalue": 0.1}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("rule", "settings", "name", "theirs"), KERAS)
 def test_keras(keras, rule, settings, name, theirs):
     def with_keras(params, grads):
         variables = [keras.Variable(p, dtype="float64") for p in params]

@@ -8,10 +8,11 @@
     array([0.899, 1.099, 0.999], dtype=float32)
 
 The rules are the classes of :mod:`fusedstep.rules`, from SGD to AdamW; :class:`Optimizer` describes what they share.
+:mod:`fusedstep.interop` exchanges state with PyTorch, Keras and optax;
 :mod:`fusedstep.kernels` has the rules on single arrays, :mod:`fusedstep.reference` their specification in NumPy.
 """
 
-from . import kernels, reference, rules, schedules
+from . import interop, kernels, reference, rules, schedules
 from ._threads import get_num_threads, set_num_threads, threads
 from ._version import __version__
 from .checkpoint import Checkpoint, load, save
@@ -41,6 +42,7 @@ __all__ = [
     "get_num_threads",
     "global_norm",
     "group",
+    "interop",
     "kernels",
     "layer_decay",
     "load",
