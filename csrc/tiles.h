@@ -6,8 +6,8 @@
 
 enum { CACHE_LINE = 64 };
 
-/* Memory for a tile: a run of every operand, or longer ones of those that have to be copied. It is on the stack, of which musl
- * gives a thread 128 KB. */
+/* Memory for a tile: a run of every operand, or longer ones of those that have to be copied. It is on the stack, and musl gives
+ * a thread 128 KB of that. */
 typedef struct { _Alignas(64) double run[FS_N_OPERANDS][3 * FS_BLOCK / 2]; } fs_tile;
 
 /* From now on go through an array in C order and in blocks, since sums are made of what is updated. */

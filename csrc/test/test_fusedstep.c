@@ -1292,7 +1292,7 @@ static void test_out_of_memory(void)
             callocs_left = -1;
             fs_plan_free(plan);
         }
-        CHECK(n_failed == (has_stats ? 17 : 11));
+        CHECK(n_failed == 18);
     }
 }
 
