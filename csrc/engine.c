@@ -360,7 +360,7 @@ static fs_work work_on(const fs_pass *pass, size_t i)
     fs_work w = {.k = pass->kernels[array->real], .group = group, .grad_scale = pass->options->grad_scale};
     w.rule = group->rule;
     w.decay = group->decay;
-    w.coefs = fs_rule_is_scaled(group->rule) ? pass->plan->coefs[i] : group->coefs;
+    w.coefs = group->is_scaled ? pass->plan->coefs[i] : group->coefs;
     w.stages = stages_of(group, pass->plan->clip_factors[i]);
     w.zero = pass->options->nonfinite == FS_NONFINITE_ZERO && pass->plan->norms[i].n_nonfinite > 0;
     w.stage_grad = w.grad_scale != 1.0 || w.zero || has_stages(&w.stages);
@@ -488,7 +488,7 @@ static void scale_work(const fs_pass *pass, size_t i, size_t start, size_t end, 
     const fs_plan *plan = pass->plan;
     const fs_array *array = &plan->arrays[i];
     fs_work w = work_on(pass, i);
-    if (!fs_rule_is_scaled(w.rule))
+    if (!w.group->is_scaled)
         return;
     const fs_stages decay = {.factor = w.decay, .clip_value = INFINITY};
     w.coefs = w.group->coefs;
@@ -523,11 +523,11 @@ static void scale_pass(fs_pass *pass)
     fs_plan *plan = pass->plan;
     bool any = false;
     for (size_t i = 0; i < plan->n_groups; i++)
-        any = any || fs_rule_is_scaled(plan->groups[i].rule);
+        any = any || plan->groups[i].is_scaled;
     if (!any)
         return;
     for (size_t i = 0; i < plan->n_arrays; i++)
-        if (fs_rule_is_scaled(plan->groups[plan->arrays[i].group].rule))
+        if (plan->groups[plan->arrays[i].group].is_scaled)
             fs_array_for_sums(&plan->arrays[i]);
     pass->work = scale_work;
     run_pass(pass);
@@ -623,6 +623,7 @@ void fs_update(fs_plan *plan, const fs_options *options)
     plan->step += 1.0;
     for (size_t i = 0; i < plan->n_groups; i++) {
         fs_group *group = &plan->groups[i];
+        group->is_scaled = fs_rule_is_scaled(group->rule);
         fs_rule_prepare(group->rule, group->hyper, plan->step, group->coefs);
         const double decoupled = 1.0 - group->hyper[0] * group->weight_decay;
         group->decay = group->decay_mode == FS_DECOUPLED     ? decoupled

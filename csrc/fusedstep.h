@@ -124,6 +124,7 @@ typedef struct {
     /* Computed by the step. */
     double coefs[FS_MAX_COEFS];
     double decay, decay_after;
+    bool is_scaled;                /* by norms of whole arrays */
 } fs_group;
 
 typedef struct {
