@@ -96,6 +96,7 @@ LEAK = "a leak, which the sanitizers find"
 NOTHING = "an allocation of nothing, which gives NULL elsewhere"
 TIME = "time keeping"
 EXPLAINED: list[tuple[str, str, str | None, str]] = [
+    ("rules/radam.h", "? length > 5.0 : length >= 5.0", None, EQUAL),
     ("engine.c", "const fs_kernels *kernels[2]", None, MEMORY),
     ("engine.c", "const size_t element =", None, CUTS),
     ("engine.c", "plan->first_element[middle] <=", None, CUTS),

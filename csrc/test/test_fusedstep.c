@@ -149,7 +149,9 @@ static void textbook_radam(wide *p, wide g, wide *s, const double *h, int t)
     const wide r = sqrtl((rho_t - 4) * (rho_t - 2) * rho / ((rho - 4) * (rho - 2) * rho_t));
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
-    *p -= h[0] * corrected(s[0], h[1], t) * (rho_t > 5 ? r * sqrtl(1 - power) / (sqrtl(s[1]) + h[3]) : 1);
+    const wide on_root = h[4] == FS_OPTAX ? sqrtl(1 - power) : 1;
+    const wide rectified = r * sqrtl(1 - power) / on_root / (sqrtl(s[1]) / on_root + h[3]);
+    *p -= h[0] * corrected(s[0], h[1], t) * (rho_t > 5 ? rectified : 1);
 }
 
 static wide sign(wide x) { return (x > 0) - (x < 0); }
@@ -223,6 +225,24 @@ static void textbook_adan(wide *p, wide g, wide *s, const double *h, int t)
     *p -= h[0] * (corrected(s[0], h[1], t) + h[2] * corrected(s[1], h[2], t)) / (sqrtl(corrected(s[2], h[3], t)) + h[4]);
 }
 
+static wide nadam_mu(const double *h, int t) { return h[1] * (1 - powl(0.96L, t * (wide)h[4]) / 2); }
+
+static void textbook_nadam(wide *p, wide g, wide *s, const double *h, int t)
+{
+    wide mu = h[1], next_mu = h[1], product = powl(h[1], t);
+    if (h[5] != FS_OPTAX) {
+        product = 1;
+        for (int i = 1; i <= t; i++)
+            product *= nadam_mu(h, i);
+        mu = nadam_mu(h, t);
+        next_mu = nadam_mu(h, t + 1);
+    }
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
+    const wide direction = (1 - mu) * g / (1 - product) + next_mu * s[0] / (1 - product * next_mu);
+    *p -= h[0] * direction / (sqrtl(corrected(s[1], h[2], t)) + h[3]);
+}
+
 static void test_textbook(void)
 {
     static const struct {
@@ -253,6 +273,9 @@ static void test_textbook(void)
         {"ftrl", "lr beta l1_regularization_strength l2_regularization_strength", {0.1, 0.5, 0.25, 0.125}, textbook_ftrl},
         {"adan", "lr beta1 beta2 beta3 eps", {0.01, 0.9, 0.75, 0.99, 1e-3}, textbook_adan},
         {"radam", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.9, 1e-3}, textbook_radam},
+        {"radam", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.9, 1e-3, FS_OPTAX}, textbook_radam},
+        {"nadam", "lr beta1 beta2 eps momentum_decay convention", {0.01, 0.9, 0.75, 1e-3, 0.5}, textbook_nadam},
+        {"nadam", "lr beta1 beta2 eps momentum_decay convention", {0.01, 0.9, 0.75, 1e-3, 0.5, FS_OPTAX}, textbook_nadam},
     };
     static const double tolerance[] = {[FS_FLOAT32] = 1e-5, [FS_FLOAT64] = 1e-12};
     enum { SIZE = 200, STEPS = 20 };
@@ -272,7 +295,7 @@ static void test_textbook(void)
                     memset(operand(plan, 0, o)->data, 0, operand_bytes(plan, 0, o));
             for (int t = 1; t <= STEPS; t++) {
                 for (size_t e = 0; e < size; e++) {
-                    set(plan, 0, FS_GRAD, e, random_signed() / t);
+                    set(plan, 0, FS_GRAD, e, e == 0 ? 0.0 : random_signed() / t);
                     cases[c].textbook(&expected[e], get(plan, 0, FS_GRAD, e), states[e], cases[c].hyper, t);
                 }
                 CHECK(take_step(plan, options).applied);
@@ -287,6 +310,111 @@ static void test_textbook(void)
             CHECK(plan->step == STEPS);
             free_plan(plan);
         }
+}
+
+/* The directions of scaled rules, and what they do with one. */
+static wide lamb_direction(wide p, wide g, wide *s, const double *h, int t)
+{
+    s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
+    s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
+    return corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t)) + h[3]) + h[4] * p;
+}
+
+static wide lars_direction(wide p, wide g, wide *s, const double *h, int t)
+{
+    (void)s, (void)t;
+    return g + h[4] * p;
+}
+
+static wide lamb_rate(wide param_norm, wide direction_norm, const double *h)
+{
+    (void)h;
+    return param_norm / direction_norm;
+}
+
+static wide lars_rate(wide param_norm, wide direction_norm, const double *h)
+{
+    return h[2] * param_norm / (direction_norm + h[3]);
+}
+
+static void lamb_move(wide *p, wide step, wide *s, const double *h)
+{
+    (void)s, (void)h;
+    *p -= step;
+}
+
+static void lars_move(wide *p, wide step, wide *s, const double *h)
+{
+    s[0] = h[1] * s[0] + step;
+    *p -= s[0];
+}
+
+static void lars_nesterov_move(wide *p, wide step, wide *s, const double *h)
+{
+    s[0] = h[1] * s[0] + step;
+    *p -= h[1] * s[0] + step;
+}
+
+/* Rules whose steps are scaled by the norms of each array: three arrays, of which the first stays 0 as long as its gradient
+ * is; decay comes before the norm. */
+static void test_scaled(void)
+{
+    static const struct {
+        const char *rule;
+        double hyper[FS_MAX_HYPER];
+        wide (*direction)(wide p, wide g, wide *s, const double *h, int t);
+        wide (*rate)(wide param_norm, wide direction_norm, const double *h);
+        void (*move)(wide *p, wide step, wide *s, const double *h);
+    } cases[] = {
+        {"lamb", {0.05, 0.9, 0.75, 1e-3, 0.25}, lamb_direction, lamb_rate, lamb_move},
+        {"lars", {0.5, 0.75, 0.125, 0.5, 0.25}, lars_direction, lars_rate, lars_move},
+        {"lars_nesterov", {0.5, 0.75, 0.125, 0.5, 0.25}, lars_direction, lars_rate, lars_nesterov_move},
+    };
+    enum { N_ARRAYS = 3, LARGEST = 3001, STEPS = 4 };
+    static const size_t sizes[N_ARRAYS] = {5, LARGEST, 1024};
+    static wide expected[N_ARRAYS][LARGEST], states[N_ARRAYS][LARGEST][FS_MAX_STATES], directions[LARGEST];
+    for (size_t c = 0; c < LENGTH(cases); c++)
+        for (int n_threads = 1; n_threads <= 3; n_threads += 2)
+            for (int decays = 0; decays <= 1; decays++) {
+                CONTEXT("%s, %d threads, decay %d", cases[c].rule, n_threads, decays);
+                const double *h = cases[c].hyper;
+                fs_plan *plan = make_plan(FS_FLOAT64, N_ARRAYS, sizes);
+                fs_options options = plain(plan, find_rule(cases[c].rule));
+                options.n_threads = n_threads;
+                fs_group *group = &plan->groups[0];
+                memcpy(group->hyper, h, sizeof cases[c].hyper);
+                group->decay_mode = FS_INDEPENDENT;
+                group->weight_decay = decays ? 0.125 : 0.0;
+                memset(states, 0, sizeof states);
+                for (size_t i = 0; i < N_ARRAYS; i++)
+                    for (size_t e = 0; e < sizes[i]; e++) {
+                        for (int o = FS_STATE; o < FS_STATE + FS_MAX_STATES; o++)
+                            set(plan, i, o, e, 0.0);
+                        set(plan, i, FS_PARAM, e, i == 0 ? 0.0 : random_signed());
+                        expected[i][e] = get(plan, i, FS_PARAM, e);
+                    }
+                for (int t = 1; t <= STEPS; t++) {
+                    for (size_t i = 0; i < N_ARRAYS; i++) {
+                        wide param_norm = 0, direction_norm = 0;
+                        for (size_t e = 0; e < sizes[i]; e++) {
+                            set(plan, i, FS_GRAD, e, i == 0 && t == 1 ? 0.0 : random_signed());
+                            expected[i][e] *= decays ? 0.875 : 1.0;
+                            directions[e] = cases[c].direction(expected[i][e], get(plan, i, FS_GRAD, e), states[i][e], h, t);
+                            param_norm += expected[i][e] * expected[i][e];
+                            direction_norm += directions[e] * directions[e];
+                        }
+                        const wide rate = param_norm == 0 || direction_norm == 0
+                                              ? 1 : cases[c].rate(sqrtl(param_norm), sqrtl(direction_norm), h);
+                        for (size_t e = 0; e < sizes[i]; e++)
+                            cases[c].move(&expected[i][e], h[0] * rate * directions[e], states[i][e], h);
+                    }
+                    CHECK(take_step(plan, options).applied);
+                }
+                for (size_t i = 0; i < N_ARRAYS; i++)
+                    for (size_t e = 0; e < sizes[i]; e++)
+                        CHECK(fabsl(get(plan, i, FS_PARAM, e) - expected[i][e]) < 1e-13);
+                free_plan(plan);
+            }
 }
 
 /* Where libraries differ in more than defaults, as the last hyper-parameter says: in whether the velocity has lr inside, and
@@ -1398,7 +1526,8 @@ int main(int argc, char **argv)
     fs_threads_insist(true);
 #define TEST(name) {#name, test_##name}
     static const struct { const char *name; void (*run)(void); } tests[] = {
-        TEST(textbook), TEST(conventions), TEST(negative_variance), TEST(stages), TEST(after_the_rule), TEST(small_states),
+        TEST(textbook), TEST(scaled), TEST(conventions), TEST(negative_variance), TEST(stages), TEST(after_the_rule),
+        TEST(small_states),
         TEST(join_and_part), TEST(blocks), TEST(nonfinite), TEST(out_of_memory), TEST(many_arrays), TEST(empty_plans),
         TEST(half_made_plans), TEST(scalar), TEST(norms_of_nonfinite), TEST(clip_nonfinite), TEST(clip_magnitudes),
         TEST(norms), TEST(layouts), TEST(runs_have_ends), TEST(grad_scale), TEST(guard_pages), TEST(fork),
