@@ -8,6 +8,7 @@ Ratios of neighbouring runs in one process, taken in turn; medians. Ours with no
 import statistics
 import time
 
+import ml_dtypes
 import numpy as np
 import torch
 
@@ -17,6 +18,7 @@ from fusedstep.bench.works import gpt2_small
 from fusedstep.progress import progress
 
 ROUNDS = 9
+BFLOAT16 = ml_dtypes.bfloat16
 SETTINGS = {"lr": 1e-3, "weight_decay": 0.01}
 
 
@@ -66,6 +68,16 @@ PAIRS = [
     ),
     ("state in bfloat16, beside our float32", lambda: ours(state_dtype="bfloat16"), ours),
     ("state in 8 bits, beside our float32", lambda: ours(state_dtype="int8"), ours),
+    ("with stats, beside our float32", lambda: ours(stats=True), ours),
+    ("bfloat16", lambda: ours(BFLOAT16), theirs),
+    (
+        "bfloat16, stochastic, state in 8 bits",
+        lambda: ours(BFLOAT16, low_precision="stochastic", state_dtype="int8"),
+        theirs,
+    ),
+    ("bfloat16, kahan", lambda: ours(BFLOAT16, low_precision="kahan"), theirs),
+    ("bfloat16, split", lambda: ours(BFLOAT16, low_precision="split"), theirs),
+    ("bfloat16, master", lambda: ours(BFLOAT16, low_precision="master"), theirs),
 ]
 
 
