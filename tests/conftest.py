@@ -18,6 +18,8 @@ hypothesis.settings.register_profile("default", max_examples=100, stateful_step_
 hypothesis.settings.register_profile("long", max_examples=100_000, stateful_step_count=100, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
 
+os.environ.setdefault("KERAS_BACKEND", "jax")  # before anything imports it; in NumPy it computes in float32
+
 LEVELS = [name for name, _, available in _core.levels() if available]
 
 SETTINGS = [(entry, settings) for entry in database.ENTRIES for settings in entry.settings]
@@ -72,7 +74,6 @@ def rng():
 def keras():
     """Keras in float64."""
     jax = pytest.importorskip("jax")
-    os.environ.setdefault("KERAS_BACKEND", "jax")  # in NumPy it computes in float32
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         keras = pytest.importorskip("keras")

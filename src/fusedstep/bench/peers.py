@@ -177,7 +177,7 @@ def loops() -> dict[str, Any]:
 
 
 def keras(work: Work, params: list[Array], grads: list[Array]) -> Way | None:
-    os.environ.setdefault("KERAS_BACKEND", "torch")
+    os.environ.setdefault("KERAS_BACKEND", "torch" if importlib.util.find_spec("torch") else "jax")
     keras = importlib.import_module("keras")
     s, clip = work.settings, {"global_clipnorm": work.clip_norm}
     rules: dict[str, Callable[[Any], Any]] = {
