@@ -20,7 +20,11 @@ def main(folder: str) -> None:
             name = path.relative_to(ROOT).as_posix()
             if path.is_file() and not any(part in name for part in ("__pycache__", ".egg-info", "csrc/build")):
                 assert name in files, f"the sdist lacks {name}"
-    stray = [name for name in names if name.endswith((".o", ".so", ".pyc", "_core.c")) or name.startswith(("build/", "csrc/build"))]
+    stray = [
+        name
+        for name in names
+        if name.endswith((".o", ".so", ".pyc", "_core.c")) or name.startswith(("build/", "csrc/build"))
+    ]
     assert not stray, f"the sdist has {stray}"
 
     with zipfile.ZipFile(wheel) as archive:
