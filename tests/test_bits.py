@@ -52,6 +52,12 @@ def test_many_steps(entry, settings, dtype, level, rng):
 
 
 @pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
+def test_both_sides_know_which_rules_are_scaled(entry, settings):
+    (kernel,) = entry.optimizer(np.ones(1), **settings)._kernels
+    assert (f"{kernel.name}_direction" in _core.RULES) == entry.optimizer._is_scaled
+
+
+@pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
 @pytest.mark.parametrize("options", database.OPTIONS, ids=setting_id)
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_options_and_threads(entry, settings, options, num_threads, all_threads, rng):

@@ -15,7 +15,7 @@ from libc.stddef cimport ptrdiff_t, size_t
 cimport numpy as cnp
 
 from fusedstep._arrays import overlaps_itself
-from fusedstep._hyper import CONVENTIONS
+from fusedstep._hyper import CONVENTIONS, decay_mode
 
 cnp.import_array()
 
@@ -628,7 +628,7 @@ cdef class Plan:
         cdef fs_group *group = &self.plan.groups[index]
         cdef int h = 0
         self.seen = None
-        mode = values.get("decay_mode") or ("decoupled" if values.get("decoupled_weight_decay") else "coupled")
+        mode = decay_mode(values)
         weight_decay = values.get("weight_decay", 0.0)
         by_rule = mode == "coupled" and ("weight_decay", None) in self.places[index]
         group.weight_decay = 0.0 if by_rule else weight_decay

@@ -197,6 +197,12 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
+def decay_mode(values: Mapping[str, Any]) -> str:
+    """The kind of weight decay that `decay_mode`, or `decoupled_weight_decay` in its absence, asks for."""
+    mode: str | None = values.get("decay_mode")
+    return mode or ("decoupled" if values.get("decoupled_weight_decay") else "coupled")
+
+
 def resolve(name: str, value: Any, step: int, label: str, length: int | None = None) -> Any:
     """The value of a hyper-parameter after `step` steps, checked; of one that is `length` numbers, each."""
     if callable(value):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from . import _arrays, _hyper, reference
 from .optimizer import Optimizer
-from .state import AVERAGE, RESIDUALS, SCALE
+from .state import AVERAGE, RESIDUAL_NAMES, SCALE
 
 Array = NDArray[Any]
 Arrays = dict[str, dict[str, Array]]
@@ -567,7 +567,7 @@ def imported(
         for name in group["names"] if step == 0 else ():  # some libraries make their state in the first step
             like = np.empty_like(params[name], reference.compute_dtype(params[name].dtype))
             initial[name] = {key: np.full_like(like, opt._initial_state(key, values)) for key in opt._states(values)}
-    kept = {AVERAGE, *(need.name for need in RESIDUALS.values() if need is not None)}
+    kept = {AVERAGE, *RESIDUAL_NAMES}
     for name, own in states.items():
         here = {key: array for key, array in saved["state"].get(name, {}).items() if key in kept}
         theirs = {key: as_state(opt, key, value, name, params.get(name)) for key, value in own.items()}
@@ -655,7 +655,7 @@ def check_same(values: Mapping[str, Any], wanted: Mapping[str, Any], label: str,
 
 def check_decay(values: Mapping[str, Any], label: str, convention: str, kinds: tuple[str, ...]) -> str:
     """The kind of weight decay, which the other library has to know if there is any."""
-    decay: str = values["decay_mode"] or ("decoupled" if values["decoupled_weight_decay"] else "coupled")
+    decay = _hyper.decay_mode(values)
     if values["weight_decay"] != 0 and decay not in kinds:
         wanted = " or ".join(map(repr, kinds)) or "no weight_decay"
         raise ValueError(f"decay_mode of {label}: expected {wanted} as in {LIBRARIES[convention]}, got {decay!r}")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _hyper
 from ._arrays import flat, shaped
 
 if TYPE_CHECKING:
@@ -129,16 +130,17 @@ def operands(
         if maximize:
             g = -g
         clip(g, clip_factor, clip_value)
-        if decay_mode == "independent":
+        mode = _hyper.decay_mode({"decay_mode": decay_mode, "decoupled_weight_decay": decoupled_weight_decay})
+        if mode == "independent":
             p *= 1 - weight_decay
-        elif decay_mode == "decoupled" or (decay_mode is None and decoupled_weight_decay):
+        elif mode == "decoupled":
             p *= 1 - lr * weight_decay
-        elif decay_mode != "decoupled_after" and weight_decay != 0:
+        elif mode == "coupled" and weight_decay != 0:
             g += weight_decay * p
         if l1 != 0:
             g += l1 * np.sign(p)
         yield [p, g, *s]
-        if decay_mode == "decoupled_after":
+        if mode == "decoupled_after":
             p *= 1 - lr * weight_decay
         if bounds is not None:
             lower, upper = p.dtype.type(bounds[0]), p.dtype.type(bounds[1])
@@ -525,8 +527,7 @@ def nadam_product(step: int, beta1: float, momentum_decay: float) -> float:
 
 def rule_decay(stages: Stages) -> float:
     """The weight decay that is part of a rule's direction, taken out of what comes before the rule."""
-    mode = stages.get("decay_mode") or ("decoupled" if stages.get("decoupled_weight_decay") else "coupled")
-    return stages.pop("weight_decay", 0.0) if mode == "coupled" else 0.0
+    return stages.pop("weight_decay", 0.0) if _hyper.decay_mode(stages) == "coupled" else 0.0
 
 
 def norm(x: Array) -> float:

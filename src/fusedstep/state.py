@@ -39,6 +39,8 @@ RESIDUALS = {
 }
 """By the option `low_precision`, what is kept of the digits that a parameter of 16 bits has no room for."""
 
+RESIDUAL_NAMES = {need.name for need in RESIDUALS.values() if need is not None}
+
 
 class Kernel(NamedTuple):
     """A compiled rule, the states it works on in its order, and all that parameters need for a step."""
@@ -81,7 +83,7 @@ def specs_of(kernel: Kernel, param: Array, axes: list[int]) -> dict[str, Spec]:
     types = {"compute": reference.compute_dtype(param.dtype), "param": param.dtype}
     specs: dict[str, Spec] = {}
     for name, type, fill in kernel.needs:
-        if any(need is not None and need.name == name for need in RESIDUALS.values()) and not is_low_precision(param):
+        if name in RESIDUAL_NAMES and not is_low_precision(param):
             continue
         dtype = types.get(type) or np.dtype(type)
         specs[name] = Spec(param, axes, dtype, param if fill is None else fill)
@@ -158,9 +160,7 @@ def allocated(wanted: list[tuple[str, Spec]], allocate: Allocate | None) -> list
 
 def must_be_packed(name: str, dtype: np.dtype[Any]) -> bool:
     """Whether a state array has to lie in the order of its parameter's elements without gaps."""
-    key = name.rsplit(".", 1)[-1]
-    is_residual = any(need is not None and need.name == key for need in RESIDUALS.values())
-    return is_residual or reference.is_small(dtype)
+    return name.rsplit(".", 1)[-1] in RESIDUAL_NAMES or reference.is_small(dtype)
 
 
 # ---- Loaded arrays ------------------------------------------------------------------------------------------------------

@@ -49,17 +49,16 @@ class Stats(Mapping[str, ArrayStats]):
     """
 
     def __init__(self, names: list[str], sizes: list[int]) -> None:
-        self._sizes = dict(zip(names, sizes))
+        self._places = {name: i for i, name in enumerate(names)}
+        self._sizes = sizes
         self.rows: NDArray[Any] = np.zeros((len(names), 6))  # filled by the step
 
     def __getitem__(self, name: str) -> ArrayStats:
-        if name not in self._sizes:
-            raise KeyError(name)
-        row = self.rows[list(self._sizes).index(name)]
-        return array_stats(self._sizes[name], row)
+        place = self._places[name]
+        return array_stats(self._sizes[place], self.rows[place])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sizes)
+        return iter(self._places)
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -69,7 +68,7 @@ class Stats(Mapping[str, ArrayStats]):
         """Of all arrays together."""
         norms = [math.hypot(*column) for column in self.rows[:, :3].T.tolist()]
         factor = float(self.rows[:, 3].min(initial=1.0))
-        return array_stats(sum(self._sizes.values()), [*norms, factor, *self.rows[:, 4:].sum(axis=0)])
+        return array_stats(sum(self._sizes), [*norms, factor, *self.rows[:, 4:].sum(axis=0)])
 
     def warnings(self, vanishing: float = 1e-7, exploding: float = 0.1) -> list[str]:
         """What looks wrong, a sentence each, the arrays by name.
