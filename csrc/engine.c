@@ -660,16 +660,14 @@ static void lay_out_work(const fs_pass *pass, size_t i, size_t start, size_t end
         return;
     fs_work w = work_on(pass, i);
     add_units(&w, array);
-    w.limit_units = false;    /* not yet */
     for (; start < end; start += FS_BLOCK) {
         const size_t count = min_size(end - start, FS_BLOCK);
-        void *at[FS_N_PLACES], *run = tile;
+        void *at[FS_N_PLACES], *run = tile;    /* where copy_block leaves the parameter, too */
         if (pass->measured == UNITS_OF_RESULT) {
             copy_block(&w, array, start, count, at, tile);
             apply_rule(&w, count, at, at[FS_GRAD]);
             if (w.group->decay_after != 1.0)
                 decay_after(&w, count, at[FS_PARAM]);
-            run = at[FS_PARAM];
         } else {
             run = fs_load_in_memory_order(w.k, array, pass->measured, start, count, run);
         }
@@ -858,7 +856,6 @@ static void update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_
             fetch_some(&ahead);
         }
         if (w->clear) {
-            at[FS_GRAD] = fs_load_in_memory_order(w->k, array, FS_GRAD, start, count, copy[FS_GRAD]);
             memset(at[FS_GRAD], 0, count * array->item);
             fs_store_in_memory_order(w->k, array, FS_GRAD, start, count, at[FS_GRAD], NULL);
         }
