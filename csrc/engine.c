@@ -140,7 +140,12 @@ static double pairwise_sum(double *values, size_t n)
 /* Squares of finite doubles may overflow or vanish. The plain sum is taken when it is surely good; beyond that the array
  * is summed again, scaled by a power of two. The decision depends on the values alone. */
 static const double BIG_SUM = 0x1p1000, SMALL_SUM = 0x1p-900;
-enum { RESCUE_EXPONENT = 600 };
+
+static int rescue_exponent(double sum_squares)
+{
+    enum { RESCUE_EXPONENT = 600 };
+    return sum_squares > BIG_SUM ? RESCUE_EXPONENT : sum_squares < SMALL_SUM ? -RESCUE_EXPONENT : 0;
+}
 
 static double scaled_sum(const fs_pass *pass, size_t i, bool zero, double scale, fs_tile *tile)
 {
@@ -187,10 +192,7 @@ static void finish_array_sum(const fs_pass *pass, size_t i)
     norm->sum_squares = scaled_sum(pass, i, zero, 1.0, &tile);
     if (array->real == FS_FLOAT32)
         return;
-    if (norm->sum_squares > BIG_SUM)
-        norm->exponent = RESCUE_EXPONENT;
-    else if (norm->sum_squares < SMALL_SUM)
-        norm->exponent = -RESCUE_EXPONENT;
+    norm->exponent = rescue_exponent(norm->sum_squares);
     if (norm->exponent != 0)
         norm->sum_squares = scaled_sum(pass, i, zero, ldexp(1.0, -norm->exponent), &tile);
 }
@@ -704,10 +706,7 @@ static fs_norm measure_unit(const fs_work *w, const fs_array *array, const char 
     fs_norm norm = {.sum_squares = sum_unit(w, array, unit, 1.0, tile)};
     if (array->real == FS_FLOAT32 || isnan(norm.sum_squares))
         return norm;
-    if (norm.sum_squares > BIG_SUM)
-        norm.exponent = RESCUE_EXPONENT;
-    else if (norm.sum_squares < SMALL_SUM)
-        norm.exponent = -RESCUE_EXPONENT;
+    norm.exponent = rescue_exponent(norm.sum_squares);
     if (norm.exponent != 0)
         norm.sum_squares = sum_unit(w, array, unit, ldexp(1.0, -norm.exponent), tile);
     return norm;
@@ -783,6 +782,20 @@ static bool limits_units(const fs_plan *plan)
     for (size_t i = 0; i < plan->n_groups && plan->units; i++)
         any = any || plan->groups[i].max_norm < INFINITY;
     return any;
+}
+
+static void find_grad_factors(fs_pass *pass)
+{
+    if (clips_units(pass->plan)) {
+        measure_units(pass, UNITS_OF_PARAM);
+        measure_units(pass, UNITS_OF_GRAD);
+    }
+}
+
+static void find_param_factors(fs_pass *pass)
+{
+    if (limits_units(pass->plan))
+        measure_units(pass, UNITS_OF_RESULT);
 }
 
 /* ---- Updates ---- */
@@ -902,14 +915,10 @@ void fs_update(fs_plan *plan, const fs_options *options)
     }
     if (any_scaled)
         put_in_order_of_sums(plan);
-    if (clips_units(plan)) {
-        measure_units(&pass, UNITS_OF_PARAM);
-        measure_units(&pass, UNITS_OF_GRAD);
-    }
+    find_grad_factors(&pass);
     if (any_scaled)
         scale_pass(&pass);
-    if (limits_units(plan))
-        measure_units(&pass, UNITS_OF_RESULT);
+    find_param_factors(&pass);
     pass.work = update_work;
     run_pass(&pass);
     for (int s = 0; s < FS_N_STATS && plan->has_stats; s++)
@@ -960,10 +969,7 @@ static void clip_work(const fs_pass *pass, size_t i, size_t start, size_t end, f
 void fs_clip(fs_plan *plan, const fs_options *options)
 {
     fs_pass pass = make_pass(plan, options);
-    if (clips_units(plan)) {
-        measure_units(&pass, UNITS_OF_PARAM);
-        measure_units(&pass, UNITS_OF_GRAD);
-    }
+    find_grad_factors(&pass);
     pass.work = clip_work;
     run_pass(&pass);
 }
