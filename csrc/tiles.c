@@ -355,6 +355,12 @@ static bool is_dense(const fs_array *array, int o)
     return loops[array->n_loops - 1].stride[o] == (ptrdiff_t)fs_dtype_size(array->operand[o].dtype);
 }
 
+size_t fs_before_cache_line(const fs_array *array, size_t start)
+{
+    const uintptr_t address = (uintptr_t)(array->operand[FS_PARAM].data + start * array->item);
+    return -address % CACHE_LINE / array->item;
+}
+
 /* The scales of a part of a small state. */
 static float *scales_from(const fs_operand *operand, size_t start)
 {

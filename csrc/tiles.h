@@ -6,8 +6,8 @@
 
 enum { CACHE_LINE = 64 };
 
-/* Memory for a tile: a run of every operand, or longer ones of those that have to be copied. It is on the stack, and musl gives
- * a thread 128 KB of that. */
+/* Memory for a tile: a run of every operand, or longer ones of those that have to be copied. It is on the stack, and musl
+ * gives a thread 128 KB of that. */
 typedef struct { _Alignas(64) double run[FS_N_OPERANDS][3 * FS_BLOCK / 2]; } fs_tile;
 
 /* From now on go through an array in C order and in blocks, since sums are made of what is updated. */
@@ -26,6 +26,9 @@ void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int op
  * same. A parameter is left as it was rounded. */
 void fs_store_in_memory_order(const fs_kernels *k, const fs_array *array, int operand, size_t start, size_t count, void *run,
                               const uint32_t *random);
+
+/* How many elements of the parameter lie before its next cache line: vectors that cross lines cost twice. */
+size_t fs_before_cache_line(const fs_array *array, size_t start);
 
 /* Find places for an array's units in this room; returns what is left of it. */
 double *fs_array_place_units(fs_array *array, double *room);

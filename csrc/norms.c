@@ -1,0 +1,229 @@
+/* The norm pass: the norms of gradients, and the factors that clip them. */
+#include "engine.h"
+
+#include <math.h>
+
+/* The gradient as the norm sees it: in the compute type, unscaled, on demand with its non-finite elements zeroed. */
+static const void *load_gradient(const fs_pass *pass, const fs_array *array, size_t start, size_t count, bool zero,
+                                 fs_tile *tile)
+{
+    const fs_kernels *k = pass->kernels[array->real];
+    const char *run = fs_grad_in_c_order(array);
+    if (!run)
+        fs_load_in_c_order(k, array, start, count, tile);
+    return k->unscale(count, run ? run + start * array->item : (char *)tile, tile, pass->options->grad_scale, zero);
+}
+
+/* So many elements are loaded at a time; of a transposed gradient as many as fit, for its cache lines to be used while they
+ * are here. */
+static size_t load_size(const fs_array *array)
+{
+    return array->grad_is_transposed ? sizeof(fs_tile) / array->item / FS_BLOCK * FS_BLOCK : LONG_RUN / array->item;
+}
+
+static void sum_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
+{
+    const fs_array *array = &pass->plan->arrays[i];
+    const fs_kernels *k = pass->kernels[array->real];
+    const size_t step = load_size(array);
+    double *sums = pass->plan->block_sums + pass->plan->first_block[i];
+    for (; start < end; start += step) {
+        const size_t count = min_size(end - start, step);
+        k->sum_squares(count, load_gradient(pass, array, start, count, false, tile), 1.0, &sums[start / FS_BLOCK]);
+    }
+}
+
+double fs_pairwise_sum(double *values, size_t n)
+{
+    if (n == 0)
+        return 0.0;
+    for (; n > 1; n = (n + 1) / 2) {
+        for (size_t i = 0; i < n / 2; i++)
+            values[i] = values[2 * i] + values[2 * i + 1];
+        if (n % 2)
+            values[n / 2] = values[n - 1];
+    }
+    return values[0];
+}
+
+void fs_finish_stat(fs_plan *plan, int stat)
+{
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        plan->stats[stat][i] = fs_pairwise_sum(plan->block_stats[stat] + plan->first_block[i],
+                                               plan->first_block[i + 1] - plan->first_block[i]);
+}
+
+/* Squares of finite doubles may overflow or vanish. The plain sum is taken when it is surely good; beyond that the array
+ * is summed again, scaled by a power of two. The decision depends on the values alone. */
+static const double BIG_SUM = 0x1p1000, SMALL_SUM = 0x1p-900;
+
+int fs_rescue_exponent(double sum_squares)
+{
+    enum { RESCUE_EXPONENT = 600 };
+    return sum_squares > BIG_SUM ? RESCUE_EXPONENT : sum_squares < SMALL_SUM ? -RESCUE_EXPONENT : 0;
+}
+
+static double scaled_sum(const fs_pass *pass, size_t i, bool zero, double scale, fs_tile *tile)
+{
+    fs_plan *plan = pass->plan;
+    const fs_array *array = &plan->arrays[i];
+    const size_t step = load_size(array);
+    double *sums = plan->block_sums + plan->first_block[i];
+    for (size_t start = 0; start < array->size; start += step) {
+        const size_t count = min_size(array->size - start, step);
+        const void *grad = load_gradient(pass, array, start, count, zero, tile);
+        pass->kernels[array->real]->sum_squares(count, grad, scale, &sums[start / FS_BLOCK]);
+    }
+    return fs_pairwise_sum(sums, plan->first_block[i + 1] - plan->first_block[i]);
+}
+
+static void count_nonfinite(const fs_pass *pass, const fs_array *array, size_t *n_nan, size_t *n_inf, fs_tile *tile)
+{
+    const size_t step = load_size(array);
+    for (size_t start = 0; start < array->size; start += step) {
+        const size_t count = min_size(array->size - start, step);
+        const void *grad = load_gradient(pass, array, start, count, false, tile);
+        pass->kernels[array->real]->count_nonfinite(count, grad, n_nan, n_inf);
+    }
+}
+
+static void finish_array_sum(const fs_pass *pass, size_t i)
+{
+    fs_plan *plan = pass->plan;
+    const fs_array *array = &plan->arrays[i];
+    fs_norm *norm = &plan->norms[i];
+    double *sums = plan->block_sums + plan->first_block[i];
+    norm->sum_squares = fs_pairwise_sum(sums, plan->first_block[i + 1] - plan->first_block[i]);
+    norm->exponent = 0;
+    norm->n_nonfinite = 0;
+    if (array->real == FS_FLOAT32 ? isfinite(norm->sum_squares)
+                                  : norm->sum_squares >= SMALL_SUM && norm->sum_squares <= BIG_SUM)
+        return;
+
+    fs_tile tile;
+    size_t n_nan = 0, n_inf = 0;
+    count_nonfinite(pass, array, &n_nan, &n_inf, &tile);
+    norm->n_nonfinite = n_nan + n_inf;
+    const bool zero = pass->options->nonfinite == FS_NONFINITE_ZERO;
+    norm->sum_squares = scaled_sum(pass, i, zero, 1.0, &tile);
+    if (array->real == FS_FLOAT32)
+        return;
+    norm->exponent = fs_rescue_exponent(norm->sum_squares);
+    if (norm->exponent != 0)
+        norm->sum_squares = scaled_sum(pass, i, zero, ldexp(1.0, -norm->exponent), &tile);
+}
+
+double fs_clip_factor(double root, int exponent, double max_norm, double eps)
+{
+    const double norm = ldexp(root, exponent);
+    const double factor = isinf(norm) && isfinite(root) ? ldexp(max_norm / root, -exponent)
+                                                        : max_norm / (norm + eps);
+    return factor >= 1.0 ? 1.0 : factor;
+}
+
+/* The norm over all arrays, as *root * 2^*exponent. */
+static void combine_arrays(fs_plan *plan, double *root, int *exponent)
+{
+    bool any = false;
+    *exponent = 0;
+    for (size_t i = 0; i < plan->n_arrays; i++) {
+        const fs_norm *norm = &plan->norms[i];
+        if (norm->sum_squares > 0 && (!any || norm->exponent > *exponent)) {
+            *exponent = norm->exponent;
+            any = true;
+        }
+    }
+    for (size_t i = 0; i < plan->n_arrays; i++) {
+        const fs_norm *norm = &plan->norms[i];
+        const int shift = 2 * (norm->exponent - *exponent);
+        plan->array_sums[i] = shift == 0 ? norm->sum_squares : ldexp(norm->sum_squares, shift);
+    }
+    *root = sqrt(fs_pairwise_sum(plan->array_sums, plan->n_arrays));
+}
+
+/* The same with each array's norm first scaled by its clip_factor, which can be as tiny as the norm was large. What still
+ * vanishes when squared is too small to be clipped. */
+static void combine_clipped_arrays(fs_plan *plan, double *root, int *exponent)
+{
+    *exponent = 0;
+    for (int squaring = 0; squaring < 2; squaring++)
+        for (size_t i = 0; i < plan->n_arrays; i++) {
+            const fs_norm *norm = &plan->norms[i];
+            int own = 0;
+            const double mantissa = frexp(sqrt(norm->sum_squares) * plan->clip_factors[i], &own);
+            if (squaring) {
+                const double scaled = ldexp(mantissa, own + norm->exponent - *exponent);
+                plan->array_sums[i] = scaled * scaled;
+            } else if (isfinite(mantissa) && own + norm->exponent > *exponent) {
+                *exponent = own + norm->exponent;
+            }
+        }
+    *root = sqrt(fs_pairwise_sum(plan->array_sums, plan->n_arrays));
+}
+
+/* Norms and clip factors of all arrays. Returns whether every gradient is finite. */
+static bool norm_pass(fs_plan *plan, const fs_options *options, fs_report *report)
+{
+    fs_pass pass = fs_make_pass(plan, options);
+    double root;
+    int exponent;
+    bool finite = true, clips_arrays = false;
+    const double eps = options->clip_eps;
+    pass.work = sum_work;
+    fs_run_pass(&pass);
+    for (size_t i = 0; i < plan->n_arrays; i++) {
+        finish_array_sum(&pass, i);
+        plan->clip_factors[i] = 1.0;
+        finite = finite && plan->norms[i].n_nonfinite == 0;
+    }
+    combine_arrays(plan, &root, &exponent);
+    report->has_norm = true;
+    report->grad_norm = ldexp(root, exponent);
+
+    for (size_t i = 0; i < plan->n_arrays; i++) {
+        const fs_norm *norm = &plan->norms[i];
+        const double max_norm = plan->groups[plan->arrays[i].group].clip_norm_per_array;
+        if (max_norm < INFINITY) {
+            plan->clip_factors[i] = fs_clip_factor(sqrt(norm->sum_squares), norm->exponent, max_norm, eps);
+            clips_arrays = true;
+        }
+    }
+    if (options->clip_norm < INFINITY) {
+        if (clips_arrays)
+            combine_clipped_arrays(plan, &root, &exponent);
+        const double factor = fs_clip_factor(root, exponent, options->clip_norm, eps);
+        for (size_t i = 0; i < plan->n_arrays; i++)
+            plan->clip_factors[i] *= factor;
+    }
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        if (plan->clip_factors[i] < report->clip_factor || isnan(plan->clip_factors[i]))
+            report->clip_factor = plan->clip_factors[i];
+    return finite;
+}
+
+static bool norm_is_needed(const fs_plan *plan, const fs_options *options)
+{
+    if (options->nonfinite != FS_NONFINITE_PROPAGATE || options->clip_norm < INFINITY || plan->has_stats)
+        return true;
+    for (size_t i = 0; i < plan->n_groups; i++)
+        if (plan->groups[i].clip_norm_per_array < INFINITY)
+            return true;
+    return false;
+}
+
+/* The norm pass if anything needs it. */
+void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report)
+{
+    *report = (fs_report){.applied = true, .clip_factor = 1.0};
+    if (norm_is_needed(plan, options)) {
+        const bool finite = norm_pass(plan, options, report);
+        report->applied = finite || options->nonfinite != FS_NONFINITE_STOP;
+    } else {
+        for (size_t i = 0; i < plan->n_arrays; i++) {
+            plan->clip_factors[i] = 1.0;
+            plan->norms[i].n_nonfinite = 0;
+        }
+    }
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        plan->clip_factors[i] *= options->clip_factor;
+}

@@ -1,0 +1,168 @@
+/* All that takes several loops (stages, small states, residuals, statistics ...): piece by piece. */
+#include "engine.h"
+
+#include <string.h>
+
+static unsigned long long mix(unsigned long long z)
+{
+    z += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+}
+
+/* Random bits for a piece, by seed, step, array, what they are for (pairs of states, 0 and 1, or the parameter), block and
+ * place. */
+enum { FOR_PARAM = 2 };
+
+static void draw(const fs_work *w, const fs_plan *plan, size_t array, int use, size_t start, size_t count, uint32_t *random)
+{
+    const unsigned long long key = mix(mix(mix(plan->seed) + (unsigned long long)plan->step) + 4 * array + (unsigned)use);
+    w->k->random(count, (uint32_t)mix(key + start / FS_BLOCK), start % FS_BLOCK, random);
+}
+
+/* So many elements go through all loops together where some are copied, in the first-level cache: a multiple of FS_SCALED.
+ * Where sums are made it is FS_BLOCK. */
+enum { PIECE = FS_BLOCK / 2 };
+
+/* Whether all operands are runs to be used where they lie. */
+static bool is_in_place(const fs_array *array)
+{
+    bool in_place = array->is_run && array->n_units == 0;
+    for (int o = 0; o < FS_N_OPERANDS; o++)
+        in_place = in_place && !array->operand[o].is_packed;
+    return in_place;
+}
+
+/* What of a later piece is still to be fetched: loops over short pieces are too short for the CPU to look ahead. */
+typedef struct { const fs_array *array; size_t start, count, byte; int operand; } fs_ahead;
+
+static fs_ahead ahead_of(const fs_array *array, size_t start, size_t count)
+{
+    enum { AHEAD = 2 * PIECE };
+    const bool is_there = count <= FS_BLOCK && start + AHEAD + count <= array->size;
+    return (fs_ahead){.array = array, .start = start + AHEAD, .count = count, .operand = is_there ? 0 : FS_N_OPERANDS};
+}
+
+/* Between two loops; not all at once, since the CPU drops what it has no room for. */
+static void fetch_some(fs_ahead *ahead)
+{
+    enum { AT_ONCE = 16 * CACHE_LINE };
+    size_t left = AT_ONCE;
+    for (; ahead->operand < FS_N_OPERANDS; ahead->operand++, ahead->byte = 0) {
+        const fs_operand *operand = &ahead->array->operand[ahead->operand];
+        const size_t item = fs_dtype_size(operand->dtype), size = operand->data ? ahead->count * item : 0;
+        for (; ahead->byte < size; ahead->byte += CACHE_LINE, left -= CACHE_LINE) {
+            if (left == 0)
+                return;
+            __builtin_prefetch(operand->data + ahead->start * item + ahead->byte);
+        }
+    }
+}
+
+/* Where a tile has room for a block: for each operand in its own run; average and residual, which need none before the rule,
+ * leave it to the factors of units, and to the parameter as it was before. */
+static char *room_for(fs_tile *tile, int place)
+{
+    _Static_assert(2 * sizeof tile->run[0] == 3 * FS_BLOCK * sizeof(double), "three blocks for two runs");
+    if (place < FS_N_OPERANDS)
+        return (char *)tile->run[place];
+    return (char *)tile->run[FS_AVERAGE] + (size_t)(place - FS_N_OPERANDS) * FS_BLOCK * sizeof(double);
+}
+enum { BEFORE = FS_BY_UNIT };
+
+static void bring_factors(const fs_work *w, const fs_array *array, size_t start, size_t count, void **at, char *const *copy)
+{
+    for (int o = FS_GRAD_FACTOR; o <= FS_PARAM_FACTOR; o++)
+        if (o == FS_GRAD_FACTOR ? w->clip_units : w->limit_units)
+            at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
+}
+
+void fs_copy_block(const fs_work *w, const fs_array *array, size_t start, size_t count, void **at, fs_tile *tile)
+{
+    char *copy[FS_N_PLACES];
+    for (int o = 0; o < FS_N_PLACES; o++)
+        copy[o] = room_for(tile, o);
+    for (int o = 0; o < w->n_operands; o++) {
+        at[o] = copy[o];
+        const void *found = fs_load_in_memory_order(w->k, array, o, start, count, at[o]);
+        if (found != at[o])
+            memcpy(at[o], found, count * array->item);
+    }
+    bring_factors(w, array, start, count, at, copy);
+}
+
+/* The parameter before and after the update of a block; the change goes where it was before. */
+static void add_stats(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t count, void *before, char *copy)
+{
+    const size_t block = plan->first_block[i] + start / FS_BLOCK;
+    const void *after = fs_load_in_memory_order(w->k, &plan->arrays[i], FS_PARAM, start, count, copy);
+    w->k->sum_squares(count, after, 1.0, &plan->block_stats[FS_PARAM_SQUARES][block]);
+    w->k->subtract(count, after, before);
+    w->k->sum_squares(count, before, 1.0, &plan->block_stats[FS_UPDATE_SQUARES][block]);
+}
+
+static void count_zeros(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t count, const char *grad)
+{
+    double *zeros = &plan->block_stats[FS_ZERO_GRADS][plan->first_block[i] + start / FS_BLOCK];
+    const size_t item = plan->arrays[i].item;
+    for (size_t done = 0; done < count; done += FS_BLOCK)
+        *zeros++ = (double)w->k->count_zeros(min_size(count - done, FS_BLOCK), grad + done * item);
+}
+
+void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t end, fs_tile *tile)
+{
+    const fs_array *array = &plan->arrays[i];
+    const bool in_place = is_in_place(array);
+    const size_t piece = in_place ? LONG_RUN / array->item : plan->has_stats ? FS_BLOCK : PIECE;
+    char *copy[FS_N_PLACES];
+    for (int o = 0; o < FS_N_PLACES; o++)
+        copy[o] = in_place ? (char *)tile : room_for(tile, o);    /* which then is for the gradient alone */
+    char *before = in_place ? (char *)tile + LONG_RUN : copy[BEFORE];
+    size_t count = array->is_run && !array->in_blocks ? fs_before_cache_line(array, start) : 0;
+    for (; start < end; start += count, count = 0) {
+        void *at[FS_N_PLACES];
+        uint32_t random[FS_BLOCK];
+        count = min_size(end - start, count > 0 ? count : piece);
+        fs_ahead ahead = ahead_of(array, start, count);
+        for (int o = 0; o < w->n_operands; o++) {
+            at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
+            fetch_some(&ahead);
+        }
+        bring_factors(w, array, start, count, at, copy);
+        if (plan->has_stats) {
+            memcpy(before, at[FS_PARAM], count * array->item);
+            count_zeros(w, plan, i, start, count, at[FS_GRAD]);
+            fetch_some(&ahead);
+        }
+        fs_update_row(w, count, at, copy[FS_GRAD]);
+        fetch_some(&ahead);
+        if (array->rounding == FS_STOCHASTIC)
+            draw(w, plan, i, FOR_PARAM, start, count, random);
+        fs_store_in_memory_order(w->k, array, FS_PARAM, start, count, at[FS_PARAM], random);
+        fetch_some(&ahead);
+        for (int o = FS_STATE; o < w->n_operands; o++) {
+            const int pair = (o - FS_STATE) / 2;
+            const bool is_first = (o - FS_STATE) % 2 == 0;
+            if (array->operand[o].is_packed && (is_first || !array->operand[o - 1].is_packed))
+                draw(w, plan, i, pair, start, count, random);
+            fs_store_in_memory_order(w->k, array, o, start, count, at[o], random);
+            fetch_some(&ahead);
+        }
+        if (plan->has_stats) {
+            add_stats(w, plan, i, start, count, before, copy[FS_PARAM]);
+            fetch_some(&ahead);
+        }
+        if (w->average) {
+            at[FS_PARAM] = fs_load_in_memory_order(w->k, array, FS_PARAM, start, count, copy[FS_PARAM]);    /* rounded */
+            at[FS_AVERAGE] = fs_load_in_memory_order(w->k, array, FS_AVERAGE, start, count, copy[FS_AVERAGE]);
+            w->k->average(count, at[FS_AVERAGE], at[FS_PARAM], w->group->average_weight);
+            fs_store_in_memory_order(w->k, array, FS_AVERAGE, start, count, at[FS_AVERAGE], NULL);
+            fetch_some(&ahead);
+        }
+        if (w->clear) {
+            memset(at[FS_GRAD], 0, count * array->item);
+            fs_store_in_memory_order(w->k, array, FS_GRAD, start, count, at[FS_GRAD], NULL);
+        }
+    }
+}

@@ -1,0 +1,79 @@
+/* What scaled rules have to know of whole arrays: norms of parameters and of the directions of steps, and numbers. */
+#include "engine.h"
+
+#include <math.h>
+#include <string.h>
+
+/* Whether norms scale the steps of a group. */
+static bool has_direction(const fs_group *group)
+{
+    return fs_rule_direction(group->rule) != group->rule;
+}
+
+/* Those norms: of the parameter, with its decay, and of the direction of its step; nothing else changes. */
+static void scale_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
+{
+    const fs_plan *plan = pass->plan;
+    const fs_array *array = &plan->arrays[i];
+    fs_work w = fs_work_on(pass, i);
+    if (!has_direction(w.group))
+        return;
+    fs_add_units(&w, array);
+    const fs_stages decay = {.factor = w.decay, .clip_value = INFINITY};
+    w.coefs = w.group->coefs;
+    w.rule = fs_rule_direction(w.rule);
+    w.decay = 1.0;
+    for (; start < end; start += FS_BLOCK) {
+        const size_t count = min_size(end - start, FS_BLOCK), block = plan->first_block[i] + start / FS_BLOCK;
+        void *at[FS_N_PLACES];
+        fs_copy_block(&w, array, start, count, at, tile);
+        w.k->apply_stages(count, at[FS_PARAM], at[FS_PARAM], NULL, &decay);
+        w.k->sum_squares(count, at[FS_PARAM], 1.0, &plan->block_stats[FS_PARAM_SQUARES][block]);
+        fs_apply_rule(&w, count, at, at[FS_GRAD]);
+        w.k->sum_squares(count, at[FS_PARAM], 1.0, &plan->block_stats[FS_UPDATE_SQUARES][block]);
+    }
+}
+
+static void measure_directions(fs_pass *pass)
+{
+    pass->work = scale_work;
+    fs_run_pass(pass);
+    fs_finish_stat(pass->plan, FS_PARAM_SQUARES);
+    fs_finish_stat(pass->plan, FS_UPDATE_SQUARES);
+}
+
+void fs_put_in_order_of_sums(fs_plan *plan)
+{
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        if (has_direction(&plan->groups[plan->arrays[i].group]))
+            fs_array_for_sums(&plan->arrays[i]);
+}
+
+/* An array's own coefficients, and its numbers after this step. */
+static void scale_array(fs_plan *plan, size_t i)
+{
+    const fs_array *array = &plan->arrays[i];
+    const fs_group *group = &plan->groups[array->group];
+    const int n_numbers = fs_rule_numbers(group->rule);
+    double numbers[FS_MAX_NUMBERS];
+    for (int n = 0; n < n_numbers; n++)
+        memcpy(&numbers[n], array->number[n], sizeof numbers[n]);
+    memcpy(plan->coefs[i], group->coefs, sizeof plan->coefs[i]);
+    fs_rule_scale(group->rule, group->hyper, sqrt(plan->stats[FS_PARAM_SQUARES][i]),
+                  sqrt(plan->stats[FS_UPDATE_SQUARES][i]), numbers, plan->coefs[i]);
+    for (int n = 0; n < n_numbers; n++)
+        memcpy(array->number[n], &numbers[n], sizeof numbers[n]);
+}
+
+void fs_scale_pass(fs_pass *pass)
+{
+    fs_plan *plan = pass->plan;
+    bool any_measured = false;
+    for (size_t i = 0; i < plan->n_groups; i++)
+        any_measured = any_measured || has_direction(&plan->groups[i]);
+    if (any_measured)
+        measure_directions(pass);
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        if (plan->groups[plan->arrays[i].group].is_scaled)
+            scale_array(plan, i);
+}
