@@ -4,6 +4,7 @@
  *     passes.c    all arrays, cut into one contiguous part per thread
  *     norms.c     the norms of gradients, and the factors that clip them: fs_measure
  *     scaled.c    what scaled rules have to know of whole arrays
+ *     factored.c  and factored rules of the rows and columns of matrices
  *     units.c     the norms of slices of arrays
  *     work.c      a run, from the gradient to the new parameter
  *     pieces.c    all that takes several loops, in pieces that stay in a cache meanwhile
@@ -73,8 +74,10 @@ void fs_add_units(fs_work *w, const fs_array *array);
 bool fs_has_stages(const fs_stages *s);
 
 /* Update a run of each operand, `at` these places: all there is to be done, from the gradient to the new parameter; or the
- * rule alone; or the decay that may follow it. A gradient that is changed on its way to the rule goes to `room`. */
+ * rule alone; or the decay that may follow it; or only the gradient, as the rule wants it. A gradient that is changed on its
+ * way there goes to `room`. */
 void fs_update_row(const fs_work *w, size_t n, void *const *at, void *room);
+const void *fs_stage_gradient(const fs_work *w, size_t n, void *const *at, void *room);
 void fs_apply_rule(const fs_work *w, size_t n, void *const *at, void *room);
 void fs_decay_after(const fs_work *w, size_t n, void *param);
 
@@ -86,6 +89,9 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
 /* A block as it is before the update, in the tile (the parameter first), for the rule to work on while nothing changes. */
 void fs_copy_block(const fs_work *w, const fs_array *array, size_t start, size_t count, void **at, fs_tile *tile);
 
+/* A block of the gradient as the rule will have it, in the tile or where it lies. */
+const void *fs_load_staged(const fs_work *w, const fs_array *array, size_t start, size_t count, fs_tile *tile);
+
 /* ---- scaled.c ------------------------------------------------------------------------------------------------------- */
 
 /* Before anything else goes through the arrays of which norms scale the steps: what is packed lies in that order. */
@@ -93,6 +99,11 @@ void fs_put_in_order_of_sums(fs_plan *plan);
 
 /* All that depends on whole arrays: their own coefficients, and their numbers after this step. */
 void fs_scale_pass(fs_pass *pass);
+
+/* ---- factored.c ----------------------------------------------------------------------------------------------------- */
+
+/* Move what is kept of rows and columns to what these gradients make of it. */
+void fs_move_factors(fs_pass *pass);
 
 /* ---- units.c -------------------------------------------------------------------------------------------------------- */
 

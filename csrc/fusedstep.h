@@ -63,6 +63,7 @@ const char *fs_rule_name(int rule);
 const char *fs_rule_hyper_names(int rule);    /* space-separated, in the order `fs_group.hyper` wants; lr comes first */
 int fs_rule_states(int rule);
 int fs_rule_numbers(int rule);
+bool fs_rule_is_factored(int rule);           /* knows matrices by their rows and columns */
 
 /* The arrays that belong to one parameter; and, of one with units, those of the plan: factors of each unit's gradients and
  * parameters, and room for an operand with its units one after the other. */
@@ -76,6 +77,7 @@ typedef struct {
     fs_dtype dtype;
     bool aligned;
     bool is_packed;                /* without strides: in the order of the elements, and without gaps */
+    bool is_constant;              /* only read by the rule */
     ptrdiff_t *strides;            /* in bytes, one per dimension */
     float *scales;                 /* of 8-bit states, one for FS_SCALED elements in that order */
 } fs_operand;
@@ -110,6 +112,10 @@ typedef struct {
     bool *counts_units;            /* by dimension */
     size_t n_units, unit_size;     /* 0 without */
     double *unit_limits;           /* of the norms of their gradients */
+    /* Of factored rules: matrices, the last two dimensions, and what is kept of their rows and columns. */
+    size_t n_matrices, n_rows, n_columns;    /* 0 for others */
+    void *row_state, *column_state;          /* in C order, of the compute type */
+    double *row_sums, *column_sums;          /* of blocks of each row, and of chunks of each column */
     size_t copy_offset[FS_N_OPERANDS];    /* in the tile's memory, of operands that have to be copied */
     void *memory;                  /* that all these pointers point into */
 } fs_array;
@@ -154,7 +160,7 @@ typedef struct {
     /* By array, apart from the arrays themselves: what one thread writes in every step, others need not fetch again. */
     fs_norm *norms;
     double *clip_factors;
-    double *units;                 /* what arrays with units need */
+    double *units, *factors;       /* what arrays with units need, and those of factored rules */
     bool has_stats;
     double *block_stats[FS_N_STATS], *stats[FS_N_STATS];    /* by array */
     double (*coefs)[FS_MAX_COEFS]; /* by array, in scaled groups */
@@ -198,6 +204,10 @@ void fs_array_set_rounding(fs_array *array, fs_rounding rounding, void *residual
 
 /* Have a number of the rule lie there. Until then it is the array's own, and 0. */
 void fs_array_set_number(fs_array *array, int number, void *data);
+
+/* Of an array of at least two dimensions with a factored rule: have what is kept of the rows and columns of its matrices lie
+ * there, without gaps, of the compute type. The parameter has to be set by then. */
+void fs_array_set_factors(fs_array *array, void *row_state, void *column_state);
 
 size_t fs_dtype_size(fs_dtype dtype);
 

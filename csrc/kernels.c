@@ -84,7 +84,7 @@ enum { SIDE = 16, AHEAD = 32 };
     TARGET static void FN(load_##dtype)(size_t n_outer, size_t n_inner, void *run, const char *data,             \
                                         ptrdiff_t outer, ptrdiff_t inner)                                        \
     {                                                                                                            \
-        if (outer == sizeof(stored) && inner != sizeof(stored)) {                                                \
+        if (outer == sizeof(stored) && inner != sizeof(stored) && inner != 0) {                                  \
             for (size_t o = 0; o < n_outer; o += SIDE)                                                           \
                 for (size_t i = 0; i < n_inner; i += SIDE)                                                       \
                     FN(load_square_##dtype)(min_size(SIDE, n_outer - o), min_size(SIDE, n_inner - i),            \
@@ -99,6 +99,11 @@ enum { SIDE = 16, AHEAD = 32 };
             if (inner == sizeof x)                                                                               \
                 for (size_t i = 0; i < n_inner; i++) {                                                           \
                     memcpy(&x, from + i * sizeof x, sizeof x);                                                   \
+                    to[i] = (real)to_real(x);                                                                    \
+                }                                                                                                \
+            else if (inner == 0)    /* one for all */                                                            \
+                for (size_t i = 0; i < n_inner; i++) {                                                           \
+                    memcpy(&x, from, sizeof x);                                                                  \
                     to[i] = (real)to_real(x);                                                                    \
                 }                                                                                                \
             else                                                                                                 \
@@ -471,12 +476,23 @@ int fs_rule_direction(int rule)
     }
 }
 
-void fs_rule_scale(int rule, const double *hyper, double param_norm, double direction_norm, double *numbers, double *coefs)
+bool fs_rule_is_factored(int rule)
+{
+    switch (rule) {
+#define FS_FACTORED_RULE(name, family) case FS_RULE_##name: case FS_RULE_##name##_direction:
+#include "rules.def"
+        return true;
+    default:
+        return false;
+    }
+}
+
+void fs_rule_scale(int rule, const double *hyper, const fs_whole *whole, double *numbers, double *coefs)
 {
     switch (rule) {
 #define FS_NUMBERED_RULE(name, family, n_states, n_numbers)                                                      \
     case FS_RULE_##name:                                                                                         \
-        family##_scale((const family##_hyper *)hyper, param_norm, direction_norm, numbers, (family##_coefs *)coefs); \
+        family##_scale((const family##_hyper *)hyper, whole, numbers, (family##_coefs *)coefs);                  \
         break;
 #include "rules.def"
     }

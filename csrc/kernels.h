@@ -21,6 +21,18 @@ typedef struct {
     double l1;             /* 0 for none */
 } fs_stages;
 
+/* What is known of an array as a whole: how many elements it has, and norms of the parameter and of the step's direction. */
+typedef struct { double size, param_norm, direction_norm; } fs_whole;
+
+/* How the means of rows and columns move: by `weight` of the way to those of squared gradients plus `eps`; and the least
+ * mean that rows are divided by. A NaN stands for the machine epsilon. */
+typedef struct { double weight, eps, least; } fs_factoring;
+
+static inline double or_epsilon(double eps, size_t item)
+{
+    return eps == eps ? eps : item == sizeof(float) ? 0x1p-23 : 0x1p-52;
+}
+
 /* `real` below is the table's compute type. Runs are contiguous and do not overlap. */
 typedef struct {
     /* Update a run in place: grad is multiplied by factor and param by decay, then the rule is applied. */
@@ -53,7 +65,8 @@ typedef struct {
     size_t (*count_zeros)(size_t n, const void *grad);
     /* Sums of (scale x)^2 over consecutive blocks of FS_BLOCK. */
     void (*sum_squares)(size_t n, const void *grad, double scale, double *block_sums);
-    /* Adds to what is there. */
+    /* Add to what is there: squares to sums, one for each element; numbers of elements. */
+    void (*add_squares)(size_t n, const void *grad, double *sums);
     void (*count_nonfinite)(size_t n, const void *grad, size_t *n_nan, size_t *n_inf);
 } fs_kernels;
 
@@ -65,9 +78,9 @@ const fs_kernels *fs_kernels_of(fs_level level, fs_dtype real);
 /* The rule's coefficients for the step with this number, from its hyper-parameters. */
 void fs_rule_prepare(int rule, const double *hyper, double step, double *coefs);
 
-/* Of a scaled rule: what is left of that for an array, of these norms, with these numbers, which change. The norms are
- * measured if there is a kernel for the direction; else that is the rule itself. */
-void fs_rule_scale(int rule, const double *hyper, double param_norm, double direction_norm, double *numbers, double *coefs);
+/* Of a scaled rule: what is left of that for an array, with these numbers, which change. The norms are measured if there is
+ * a kernel for the direction; else that is the rule itself. */
+void fs_rule_scale(int rule, const double *hyper, const fs_whole *whole, double *numbers, double *coefs);
 int fs_rule_direction(int rule);
 bool fs_rule_is_scaled(int rule);
 

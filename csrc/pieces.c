@@ -51,7 +51,8 @@ static void fetch_some(fs_ahead *ahead)
     size_t left = AT_ONCE;
     for (; ahead->operand < FS_N_OPERANDS; ahead->operand++, ahead->byte = 0) {
         const fs_operand *operand = &ahead->array->operand[ahead->operand];
-        const size_t item = fs_dtype_size(operand->dtype), size = operand->data ? ahead->count * item : 0;
+        const bool is_dense = operand->data && !operand->is_constant;
+        const size_t item = fs_dtype_size(operand->dtype), size = is_dense ? ahead->count * item : 0;
         for (; ahead->byte < size; ahead->byte += CACHE_LINE, left -= CACHE_LINE) {
             if (left == 0)
                 return;
@@ -90,6 +91,18 @@ void fs_copy_block(const fs_work *w, const fs_array *array, size_t start, size_t
             memcpy(at[o], found, count * array->item);
     }
     bring_factors(w, array, start, count, at, copy);
+}
+
+const void *fs_load_staged(const fs_work *w, const fs_array *array, size_t start, size_t count, fs_tile *tile)
+{
+    char *copy[FS_N_PLACES];
+    void *at[FS_N_PLACES];
+    for (int o = 0; o < FS_N_PLACES; o++)
+        copy[o] = room_for(tile, o);
+    for (int o = FS_PARAM; o <= FS_GRAD; o++)
+        at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
+    bring_factors(w, array, start, count, at, copy);
+    return fs_stage_gradient(w, count, at, copy[FS_GRAD]);
 }
 
 /* The parameter before and after the update of a block; the change goes where it was before. */
@@ -141,7 +154,7 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
             draw(w, plan, i, FOR_PARAM, start, count, random);
         fs_store_in_memory_order(w->k, array, FS_PARAM, start, count, at[FS_PARAM], random);
         fetch_some(&ahead);
-        for (int o = FS_STATE; o < w->n_operands; o++) {
+        for (int o = FS_STATE; o < w->n_operands && !array->operand[o].is_constant; o++) {
             const int pair = (o - FS_STATE) / 2;
             const bool is_first = (o - FS_STATE) % 2 == 0;
             if (array->operand[o].is_packed && (is_first || !array->operand[o - 1].is_packed))

@@ -50,6 +50,15 @@ fs_status fs_plan_finish(fs_plan *plan)
             rest = fs_array_place_units(&plan->arrays[i], rest);
         complete = complete && plan->units;
     }
+    room = 0;
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        room += fs_array_room_for_factors(&plan->arrays[i]);
+    if (room > 0) {
+        double *rest = plan->factors = calloc(room, sizeof *plan->factors);
+        for (size_t i = 0; rest && i < plan->n_arrays; i++)
+            rest = fs_array_place_factors(&plan->arrays[i], rest);
+        complete = complete && plan->factors;
+    }
     for (int s = 0; s < FS_N_STATS; s++) {
         plan->block_stats[s] = calloc(n_blocks + 1, sizeof *plan->block_stats[s]);
         plan->stats[s] = calloc(plan->n_arrays + 1, sizeof *plan->stats[s]);
@@ -78,5 +87,6 @@ void fs_plan_free(fs_plan *plan)
     free(plan->norms);
     free(plan->clip_factors);
     free(plan->units);
+    free(plan->factors);
     free(plan);
 }

@@ -59,8 +59,9 @@ static void scale_array(fs_plan *plan, size_t i)
     for (int n = 0; n < n_numbers; n++)
         memcpy(&numbers[n], array->number[n], sizeof numbers[n]);
     memcpy(plan->coefs[i], group->coefs, sizeof plan->coefs[i]);
-    fs_rule_scale(group->rule, group->hyper, sqrt(plan->stats[FS_PARAM_SQUARES][i]),
-                  sqrt(plan->stats[FS_UPDATE_SQUARES][i]), numbers, plan->coefs[i]);
+    const fs_whole whole = {(double)array->size, sqrt(plan->stats[FS_PARAM_SQUARES][i]),
+                            sqrt(plan->stats[FS_UPDATE_SQUARES][i])};
+    fs_rule_scale(group->rule, group->hyper, &whole, numbers, plan->coefs[i]);
     for (int n = 0; n < n_numbers; n++)
         memcpy(array->number[n], &numbers[n], sizeof numbers[n]);
 }
@@ -68,9 +69,13 @@ static void scale_array(fs_plan *plan, size_t i)
 void fs_scale_pass(fs_pass *pass)
 {
     fs_plan *plan = pass->plan;
-    bool any_measured = false;
-    for (size_t i = 0; i < plan->n_groups; i++)
+    bool any_measured = false, any_factored = false;
+    for (size_t i = 0; i < plan->n_groups; i++) {
         any_measured = any_measured || has_direction(&plan->groups[i]);
+        any_factored = any_factored || fs_rule_is_factored(plan->groups[i].rule);
+    }
+    if (any_factored)
+        fs_move_factors(pass);
     if (any_measured)
         measure_directions(pass);
     for (size_t i = 0; i < plan->n_arrays; i++)

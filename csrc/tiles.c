@@ -10,7 +10,23 @@ size_t fs_dtype_size(fs_dtype dtype)
     return sizes[dtype];
 }
 
-static size_t ratio_up(size_t a, size_t b) { return (a + b - 1) / b; }
+double fs_real_at(const fs_array *array, const void *data, size_t place)
+{
+    double value;
+    float single;
+    if (array->real == FS_FLOAT64) {
+        memcpy(&value, (const char *)data + place * sizeof value, sizeof value);
+        return value;
+    }
+    memcpy(&single, (const char *)data + place * sizeof single, sizeof single);
+    return (double)single;
+}
+
+void fs_set_real(const fs_array *array, void *data, size_t place, double value)
+{
+    const float single = (float)value;
+    memcpy((char *)data + place * array->item, array->real == FS_FLOAT64 ? (const void *)&value : &single, array->item);
+}
 
 /* ---- Layout --------------------------------------------------------------------------------------------------------- */
 
@@ -297,6 +313,58 @@ const char *fs_units_in_place(const fs_array *array, int o)
     return operand->data;
 }
 
+/* ---- Factors: what is known of the rows and columns of matrices ------------------------------------------------------ */
+
+void fs_array_set_factors(fs_array *array, void *row_state, void *column_state)
+{
+    array->n_rows = (size_t)array->shape[array->n_dims - 2];
+    array->n_columns = (size_t)array->shape[array->n_dims - 1];
+    array->n_matrices = array->size > 0 ? array->size / array->n_rows / array->n_columns : 0;
+    array->row_state = row_state;
+    array->column_state = column_state;
+}
+
+static size_t n_row_sums(const fs_array *array)
+{
+    return array->n_matrices * array->n_rows * ratio_up(array->n_columns, FS_BLOCK);
+}
+
+static size_t n_column_sums(const fs_array *array)
+{
+    return array->n_matrices * ratio_up(array->n_rows, CHUNK) * array->n_columns;
+}
+
+size_t fs_array_room_for_factors(const fs_array *array)
+{
+    return n_row_sums(array) + n_column_sums(array) + array->n_matrices * array->n_rows;
+}
+
+/* The rule sees the rows divided by their mean, and the columns as they are kept. */
+double *fs_array_place_factors(fs_array *array, double *room)
+{
+    fs_operand *rows = &array->operand[FS_STATE], *columns = &array->operand[FS_STATE + 1];
+    ptrdiff_t n_rows = 1, n_columns = 1;
+    if (array->n_matrices == 0)
+        return room;
+    for (int d = array->n_dims - 1; d >= 0; d--) {
+        const bool along_row = d == array->n_dims - 1, along_column = d == array->n_dims - 2;
+        rows->strides[d] = along_row ? 0 : n_rows * (ptrdiff_t)array->item;
+        columns->strides[d] = along_column ? 0 : n_columns * (ptrdiff_t)array->item;
+        n_rows *= along_row ? 1 : array->shape[d];
+        n_columns *= along_column ? 1 : array->shape[d];
+    }
+    array->row_sums = room;
+    array->column_sums = array->row_sums + n_row_sums(array);
+    rows->data = (char *)(array->column_sums + n_column_sums(array));
+    columns->data = array->column_state;
+    rows->dtype = columns->dtype = array->real;
+    rows->aligned = true;
+    columns->aligned = (uintptr_t)array->column_state % array->item == 0;
+    rows->is_constant = columns->is_constant = true;
+    arrange(array);
+    return room + fs_array_room_for_factors(array);
+}
+
 /* ---- Any part of an operand, as a run ------------------------------------------------------------------------------- */
 
 /* Load or store elements [start, start + count) of an operand, in the order of these loops. */
@@ -435,10 +503,15 @@ static fs_block find_block(const fs_array *array, int o, size_t block)
     return found;
 }
 
-size_t fs_first_tile(const fs_array *array, size_t start)
+size_t fs_first_of(const fs_array *array, size_t n, size_t start)
 {
     const size_t unit = ratio_up(start, FS_BLOCK), n_units = ratio_up(array->size, FS_BLOCK);
-    return array->n_tiles / n_units * unit + array->n_tiles % n_units * unit / n_units;
+    return n / n_units * unit + n % n_units * unit / n_units;
+}
+
+size_t fs_first_tile(const fs_array *array, size_t start)
+{
+    return fs_first_of(array, array->n_tiles, start);
 }
 
 fs_shape fs_tile_shape(const fs_array *array, size_t tile)

@@ -4,11 +4,17 @@
 
 #include "kernels.h"
 
+static inline size_t ratio_up(size_t a, size_t b) { return (a + b - 1) / b; }
+
 enum { CACHE_LINE = 64 };
 
 /* Memory for a tile: a run of every operand, or longer ones of those that have to be copied. It is on the stack, and musl
  * gives a thread 128 KB of that. */
 typedef struct { _Alignas(64) double run[FS_N_OPERANDS][3 * FS_BLOCK / 2]; } fs_tile;
+
+/* A number among some of an array's compute type. */
+double fs_real_at(const fs_array *array, const void *data, size_t place);
+void fs_set_real(const fs_array *array, void *data, size_t place, double value);
 
 /* From now on go through an array in C order and in blocks, since sums are made of what is updated. */
 void fs_array_for_sums(fs_array *array);
@@ -33,6 +39,11 @@ size_t fs_before_cache_line(const fs_array *array, size_t start);
 /* Find places for an array's units in this room; returns what is left of it. */
 double *fs_array_place_units(fs_array *array, double *room);
 
+/* The same for the factors of its rows and columns, and the sums they are made of; how many numbers these need. */
+enum { CHUNK = 32 };    /* rows, of which a column is summed in order */
+size_t fs_array_room_for_factors(const fs_array *array);
+double *fs_array_place_factors(fs_array *array, double *room);
+
 /* An operand with its units one after the other, each a run in C order, if it lies so, else NULL; and the way there for what
  * comes in the order of the parameter's memory. */
 const char *fs_units_in_place(const fs_array *array, int operand);
@@ -41,7 +52,9 @@ void fs_store_by_unit(const fs_kernels *k, const fs_array *array, size_t start, 
 /* The gradient as one run in C order, where it lies; NULL if it is none. */
 const void *fs_grad_in_c_order(const fs_array *array);
 
-/* The first tile of the share of an array that starts with this element, a multiple of FS_BLOCK or its size. */
+/* The first of n tiles, or what else an array is cut into, in the share that starts with this element, a multiple of
+ * FS_BLOCK or its size. */
+size_t fs_first_of(const fs_array *array, size_t n, size_t start);
 size_t fs_first_tile(const fs_array *array, size_t start);
 
 /* The elements of a tile, as rows of the compute type. */

@@ -2,7 +2,6 @@
 #include "engine.h"
 
 #include <math.h>
-#include <string.h>
 
 /* What is measured: parameter and gradient as they are, and the parameter that the rule leads to. */
 enum { UNITS_OF_PARAM = FS_PARAM, UNITS_OF_GRAD = FS_GRAD, UNITS_OF_RESULT };
@@ -80,13 +79,6 @@ static double unit_factor(double root, int exponent, double limit, double least)
     return norm < least ? limit / least : fs_clip_factor(root, exponent, limit, 0.0);
 }
 
-static void set_factor(const fs_array *array, int o, size_t unit, double factor)
-{
-    char *place = array->operand[o].data + unit * array->item;
-    const float single = (float)factor;
-    memcpy(place, array->real == FS_FLOAT64 ? (const void *)&factor : &single, array->item);
-}
-
 /* Of the units that begin in this part of an array. */
 static void measure_units_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
 {
@@ -111,10 +103,11 @@ static void measure_units_work(const fs_pass *pass, size_t i, size_t start, size
         if (pass->measured == UNITS_OF_PARAM)
             array->unit_limits[unit] = group->clip_adaptive * (length < LEAST_PARAM ? LEAST_PARAM : length);
         else if (pass->measured == UNITS_OF_GRAD)
-            set_factor(array, FS_GRAD_FACTOR, unit,
-                       clip * unit_factor(root * clip, norm.exponent, array->unit_limits[unit], LEAST_GRAD));
+            fs_set_real(array, array->operand[FS_GRAD_FACTOR].data, unit,
+                        clip * unit_factor(root * clip, norm.exponent, array->unit_limits[unit], LEAST_GRAD));
         else
-            set_factor(array, FS_PARAM_FACTOR, unit, unit_factor(root, norm.exponent, group->max_norm, 0.0));
+            fs_set_real(array, array->operand[FS_PARAM_FACTOR].data, unit,
+                        unit_factor(root, norm.exponent, group->max_norm, 0.0));
     }
 }
 

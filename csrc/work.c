@@ -49,8 +49,7 @@ void fs_add_units(fs_work *w, const fs_array *array)
     }
 }
 
-/* The gradient as the rule wants it. If it is changed on its way it goes to `room`. */
-static const void *stage_gradient(const fs_work *w, size_t n, void *const *at, void *room)
+const void *fs_stage_gradient(const fs_work *w, size_t n, void *const *at, void *room)
 {
     const void *grad = w->k->unscale(n, at[FS_GRAD], room, w->grad_scale, w->zero);
     if (w->clip_units)
@@ -60,7 +59,7 @@ static const void *stage_gradient(const fs_work *w, size_t n, void *const *at, v
 
 void fs_apply_rule(const fs_work *w, size_t n, void *const *at, void *room)
 {
-    const void *grad = w->stage_grad ? stage_gradient(w, n, at, room) : at[FS_GRAD];
+    const void *grad = w->stage_grad ? fs_stage_gradient(w, n, at, room) : at[FS_GRAD];
     w->k->rule[w->rule](n, at[FS_PARAM], grad, &at[FS_STATE], w->factor, w->decay, w->coefs);
 }
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-FILES = ["passes.c", "norms.c", "scaled.c", "units.c", "work.c", "pieces.c", "update.c", "clip.c"]
+FILES = ["passes.c", "norms.c", "scaled.c", "factored.c", "units.c", "work.c", "pieces.c", "update.c", "clip.c"]
 FILES += ["tiles.c", "plan.c", "kernels.c", "kernels.inc"]
 # The roofline is no rule, but the speed limit that rules are measured against.
 FILES += [f"rules/{path.name}" for path in sorted(CSRC.glob("rules/*.h")) if path.name != "roofline.h"]
@@ -41,6 +41,7 @@ C_TESTS = [
     "muon",
     "stats",
     "units",
+    "factored",
     "conventions",
     "negative_variance",
     "settings",

@@ -22,6 +22,10 @@ TOLERANCE = {np.float64: 2e-14, np.float32: 1.2e-6}
 ORDERS = ["there, here, there", "here, there, here"]
 
 
+# Rules whose variables in Keras do not say what they are.
+UNNAMED = {"Adafactor"}
+
+
 class Torch:
     """An optimizer of PyTorch and its parameters."""
 
@@ -154,7 +158,7 @@ def test_torch(entry, settings, dtype, order, scalars):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("rule", "settings", "name", "theirs"), KERAS)
+@pytest.mark.parametrize(("rule", "settings", "name", "theirs"), [case for case in KERAS if case[0] not in UNNAMED])
 def test_keras(keras, rule, settings, name, theirs, dtype, order):
     make = getattr(fs, rule)
     compare(
@@ -897,4 +901,5 @@ def test_every_rule_that_they_have():
         ("optax", interop.OPTAX_STATES, OPTAX),
     ]:
         wanted = {rule for rule, own in fs.conventions().items() if convention in own}
-        assert set(table) == wanted == {case[0] for case in tested}
+        assert wanted == {case[0] for case in tested}
+        assert set(table) == (wanted - UNNAMED if convention == "keras" else wanted)

@@ -273,8 +273,18 @@ def test_state_changes_its_type_with_the_rule(backend):
 def test_allocated_state_has_the_order_of_the_parameter():
     w = np.asfortranarray(params()["w"])
     fs.Adam(w, state_dtype="int8", allocate_state=lambda name, shape, dtype: np.zeros(shape[::-1], dtype).T)
-    with pytest.raises(ValueError, match=r"'0.exp_avg'.: expected the order of its parameter in memory, got strides"):
+    with pytest.raises(ValueError, match=r"'0.exp_avg'.: expected an array in the order \[1, 0\] of its axes, without gaps"):
         fs.Adam(w, state_dtype="int8", allocate_state=lambda name, shape, dtype: np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize("wanted", ["exp_avg", "exp_avg_sq_scale"])
+def test_allocated_state_has_no_gaps(wanted):
+    def allocate(name, shape, dtype):
+        room = np.zeros((*shape, 2), dtype)
+        return room[..., 0] if name == f"0.{wanted}" else room[..., 0].copy()
+
+    with pytest.raises(ValueError, match=rf"'0.{wanted}'.: expected an array in C order, without gaps, got strides"):
+        fs.Adam(np.zeros((40, 60)), state_dtype="int8", allocate_state=allocate)
 
 
 def test_scales_may_not_be_gradients():

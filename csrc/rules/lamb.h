@@ -26,10 +26,11 @@ static void lamb_prepare(const lamb_hyper *h, double step, lamb_coefs *c)
     c->weight_decay = h->weight_decay;
 }
 
-static void lamb_scale(const lamb_hyper *h, double param_norm, double direction_norm, double *numbers, lamb_coefs *c)
+static void lamb_scale(const lamb_hyper *h, const fs_whole *whole, double *numbers, lamb_coefs *c)
 {
+    const bool any_zero = whole->param_norm == 0.0 || whole->direction_norm == 0.0;
     (void)numbers;
-    c->rate = param_norm == 0.0 || direction_norm == 0.0 ? h->lr : h->lr * (param_norm / direction_norm);
+    c->rate = any_zero ? h->lr : h->lr * (whole->param_norm / whole->direction_norm);
 }
 
 #else

@@ -20,11 +20,12 @@ static void lars_prepare(const lars_hyper *h, double step, lars_coefs *c)
     c->weight_decay = h->weight_decay;
 }
 
-static void lars_scale(const lars_hyper *h, double param_norm, double direction_norm, double *numbers, lars_coefs *c)
+static void lars_scale(const lars_hyper *h, const fs_whole *whole, double *numbers, lars_coefs *c)
 {
+    const bool any_zero = whole->param_norm == 0.0 || whole->direction_norm == 0.0;
+    const double ratio = h->trust_coefficient * whole->param_norm / (whole->direction_norm + h->eps);
     (void)numbers;
-    const double ratio = h->trust_coefficient * param_norm / (direction_norm + h->eps);
-    c->rate = param_norm == 0.0 || direction_norm == 0.0 ? h->lr : h->lr * ratio;
+    c->rate = any_zero ? h->lr : h->lr * ratio;
 }
 
 #else

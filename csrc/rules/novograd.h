@@ -20,11 +20,9 @@ static void novograd_prepare(const novograd_hyper *h, double step, novograd_coef
     c->weight_decay = h->weight_decay;
 }
 
-static void novograd_scale(const novograd_hyper *h, double param_norm, double direction_norm, double *numbers,
-                           novograd_coefs *c)
+static void novograd_scale(const novograd_hyper *h, const fs_whole *whole, double *numbers, novograd_coefs *c)
 {
-    (void)param_norm;
-    numbers[0] = c->beta2 * numbers[0] + (1.0 - c->beta2) * (direction_norm * direction_norm);
+    numbers[0] = c->beta2 * numbers[0] + (1.0 - c->beta2) * (whole->direction_norm * whole->direction_norm);
     c->divisor = sqrt(numbers[0]) + h->eps;
 }
 

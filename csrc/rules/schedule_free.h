@@ -41,10 +41,10 @@ static void schedule_free_sgd_prepare(const schedule_free_sgd_hyper *h, double s
     c->lr = h->lr;
 }
 
-static void schedule_free_sgd_scale(const schedule_free_sgd_hyper *h, double param_norm, double direction_norm,
-                                    double *numbers, schedule_free_sgd_coefs *c)
+static void schedule_free_sgd_scale(const schedule_free_sgd_hyper *h, const fs_whole *whole, double *numbers,
+                                    schedule_free_sgd_coefs *c)
 {
-    (void)param_norm, (void)direction_norm;
+    (void)whole;
     schedule_free_average(h->momentum, h->r, h->weight_lr_power, numbers, c);
 }
 
@@ -59,10 +59,10 @@ static void schedule_free_adamw_prepare(const schedule_free_adamw_hyper *h, doub
     c->weight_decay = h->weight_decay;
 }
 
-static void schedule_free_adamw_scale(const schedule_free_adamw_hyper *h, double param_norm, double direction_norm,
-                                      double *numbers, schedule_free_adamw_coefs *c)
+static void schedule_free_adamw_scale(const schedule_free_adamw_hyper *h, const fs_whole *whole, double *numbers,
+                                      schedule_free_adamw_coefs *c)
 {
-    (void)param_norm, (void)direction_norm;
+    (void)whole;
     schedule_free_average(h->beta1, h->r, h->weight_lr_power, numbers, &c->average);
 }
 

@@ -16,6 +16,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+typedef long double wide;
+
 #define LENGTH(array) (sizeof(array) / sizeof *(array))
 
 /* ---- Checks ------------------------------------------------------------------------------------------------------ */
@@ -117,5 +119,6 @@ void test_join_and_part(void);
 void test_blocks(void);
 void test_stats(void);
 void test_units(void);
+void test_factored(void);
 
 #endif

@@ -918,3 +918,84 @@ void test_units(void)
         for (double **values = &samples[i].param; values <= &samples[i].wanted; values++)
             free(*values);
 }
+
+/* ---- Factored variance ---- */
+
+/* Adafactor as its paper has it, in wide doubles, of matrices of which chunks, blocks and runs end somewhere. */
+void test_factored(void)
+{
+    enum { LARGEST = 2 * 70 * 2060, STEPS = 3 };
+    static const ptrdiff_t shapes[][3] = {{1, 1, 1},     {2, 3, 5},    {1, 70, 2060}, {3, 33, 31},
+                                          {2, 64, 1024}, {1, 700, 3}, {2, 0, 3}};
+    static const struct { double hyper[FS_MAX_HYPER], grad_scale; } cases[] = {
+        {{0.5, -0.75, 1e-3, 0.25, 1.5, FS_TORCH, 0.125}, 2.0},
+        {{0.25, -0.5, 0.125, 1e-3, 1.0, FS_KERAS, 0.0}, 1.0},
+        {{0.25, -0.5, NAN, 1e-3, 1.0, FS_TORCH, 0.0}, 1.0},
+    };
+    static double param[LARGEST], grad[LARGEST], rows[LARGEST], columns[LARGEST];
+    static wide expected[LARGEST], row[LARGEST], column[LARGEST], direction[LARGEST];
+    random_state = 1;
+    for (size_t s = 0; s < LENGTH(shapes); s++)
+        for (size_t c = 0; c < LENGTH(cases); c++)
+            for (int n_threads = 1; n_threads <= 3; n_threads += 2) {
+                CONTEXT("shape %zu, case %zu, %d threads", s, c, n_threads);
+                const double *h = cases[c].hyper;
+                const size_t n = (size_t)shapes[s][0], n_rows = (size_t)shapes[s][1], n_columns = (size_t)shapes[s][2];
+                const size_t size = n * n_rows * n_columns;
+                const ptrdiff_t strides[] = {(ptrdiff_t)(n_rows * n_columns * sizeof *param),
+                                             (ptrdiff_t)(n_columns * sizeof *param), sizeof *param};
+                fs_plan *plan = fs_plan_new(1, 1, false);
+                fs_array *array = &plan->arrays[0];
+                CHECK(fs_array_init(array, 3, shapes[s]) == FS_OK);
+                fs_array_set(array, FS_PARAM, param, FS_FLOAT64, true, strides);
+                fs_array_set(array, FS_GRAD, grad, FS_FLOAT64, true, strides);
+                fs_array_set_factors(array, rows, columns);
+                CHECK(fs_plan_finish(plan) == FS_OK);
+                fs_options options = plain(plan, find_rule("adafactor"));
+                options.n_threads = n_threads;
+                options.grad_scale = cases[c].grad_scale;
+                memcpy(plan->groups[0].hyper, h, sizeof cases[c].hyper);
+                for (size_t e = 0; e < LARGEST; e++) {
+                    rows[e] = columns[e] = row[e] = column[e] = 0.0;
+                    expected[e] = param[e] = random_signed();
+                }
+                for (int t = 1; t <= STEPS; t++) {
+                    const wide weight = powl(t, h[1]), eps = isnan(h[2]) ? DBL_EPSILON : h[2];
+                    const wide inside = h[5] == FS_KERAS ? eps : 0, least = h[5] == FS_KERAS ? 0 : eps;
+                    wide param_squares = 0, direction_squares = 0;
+                    for (size_t e = 0; e < size; e++)
+                        grad[e] = random_signed();
+                    for (size_t i = 0; i < n * n_rows; i++)
+                        row[i] *= 1 - weight;
+                    for (size_t i = 0; i < n * n_columns; i++)
+                        column[i] *= 1 - weight;
+                    for (size_t e = 0; e < size; e++) {
+                        const wide g = grad[e] / cases[c].grad_scale;
+                        row[e / n_columns] += weight * (g * g + inside) / n_columns;
+                        column[e / n_columns / n_rows * n_columns + e % n_columns] += weight * (g * g + inside) / n_rows;
+                    }
+                    for (size_t m = 0; m < n; m++) {
+                        wide mean = 0;
+                        for (size_t r = 0; r < n_rows; r++)
+                            mean += row[m * n_rows + r] / n_rows;
+                        for (size_t e = m * n_rows * n_columns; e < (m + 1) * n_rows * n_columns; e++) {
+                            const wide v = row[e / n_columns] * column[m * n_columns + e % n_columns] / fmaxl(mean, least);
+                            direction[e] = grad[e] / cases[c].grad_scale / fmaxl(sqrtl(v), least);
+                            param_squares += expected[e] * expected[e];
+                            direction_squares += direction[e] * direction[e];
+                        }
+                    }
+                    const wide rms = sqrtl(param_squares / size), excess = sqrtl(direction_squares / size) / h[4];
+                    const wide rate = fmaxl(h[3], rms) * fminl(h[0], 1 / sqrtl(t)) / fmaxl(1, excess);
+                    for (size_t e = 0; e < size; e++)
+                        expected[e] = (1 - h[0] * h[6]) * expected[e] - rate * direction[e];
+                    CHECK(take_step(plan, options).applied);
+                }
+                for (size_t e = 0; e < LARGEST; e++) {
+                    CHECK(e >= size || fabsl(param[e] - expected[e]) < 1e-13);
+                    CHECK(e < n * n_rows && size > 0 ? fabsl(rows[e] - row[e]) < 1e-14 : rows[e] == 0.0);
+                    CHECK(e < n * n_columns && size > 0 ? fabsl(columns[e] - column[e]) < 1e-14 : columns[e] == 0.0);
+                }
+                fs_plan_free(plan);
+            }
+}

@@ -43,8 +43,6 @@ static void test_levels_and_threads(void)
 }
 
 /* Rules as the textbook has them, with states s, hyper-parameters h, in step t. */
-typedef long double wide;
-
 static void textbook_sgd(wide *p, wide g, wide *s, const double *h, int t)
 {
     (void)s, (void)t;
@@ -1515,8 +1513,8 @@ static void test_out_of_memory(void)
 {
     double data[6] = {0};
     const ptrdiff_t shape[] = {2, 3}, strides[] = {24, 8};
-    for (int kind = 0; kind < 4; kind++) {
-        const bool has_stats = kind % 2, has_units = kind / 2;
+    for (int kind = 0; kind < 8; kind++) {
+        const bool has_stats = kind % 2, has_units = kind / 2 % 2, has_factors = kind / 4;
         int n_failed = 0;
         for (bool done = false; !done; n_failed += !done) {
             callocs_left = n_failed;
@@ -1524,18 +1522,20 @@ static void test_out_of_memory(void)
             bool complete = plan != NULL;
             for (int i = 0; complete && i < 2; i++)
                 complete = fs_array_init(&plan->arrays[i], 2, shape) == FS_OK;
-            if (complete && has_units) {
-                fs_array_set_units(&plan->arrays[1], 0, NULL);
+            if (complete)
                 fs_array_set(&plan->arrays[1], FS_PARAM, data, FS_FLOAT64, true, strides);
-            }
+            if (complete && has_units)
+                fs_array_set_units(&plan->arrays[1], 0, NULL);
+            if (complete && has_factors)
+                fs_array_set_factors(&plan->arrays[1], data, data);
             complete = complete && fs_plan_finish(plan) == FS_OK;
             done = callocs_left >= 0;
-            CONTEXT("stats %d, units %d, allocation %d", has_stats, has_units, n_failed);
+            CONTEXT("stats %d, units %d, factors %d, allocation %d", has_stats, has_units, has_factors, n_failed);
             CHECK(complete == done);
             callocs_left = -1;
             fs_plan_free(plan);
         }
-        CHECK(n_failed == 18 + has_units);
+        CHECK(n_failed == 18 + has_units + has_factors);
     }
 }
 
@@ -1644,7 +1644,7 @@ int main(int argc, char **argv)
     static const struct { const char *name; void (*run)(void); } tests[] = {
         TEST(textbook), TEST(scaled), TEST(numbers), TEST(muon), TEST(conventions), TEST(negative_variance), TEST(stages),
         TEST(after_the_rule), TEST(small_states),
-        TEST(join_and_part), TEST(blocks), TEST(stats), TEST(units), TEST(nonfinite), TEST(out_of_memory),
+        TEST(join_and_part), TEST(blocks), TEST(stats), TEST(units), TEST(factored), TEST(nonfinite), TEST(out_of_memory),
         TEST(many_arrays), TEST(empty_plans),
         TEST(half_made_plans), TEST(scalar), TEST(norms_of_nonfinite), TEST(clip_nonfinite), TEST(clip_magnitudes),
         TEST(norms), TEST(layouts), TEST(runs_have_ends), TEST(grad_scale), TEST(guard_pages), TEST(fork),

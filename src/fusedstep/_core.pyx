@@ -10,7 +10,7 @@ from cpython.object cimport PyObject, PyTypeObject
 from cpython.pythread cimport (
     PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_release_lock, PyThread_type_lock,
 )
-from libc.math cimport INFINITY, ldexp, sqrt
+from libc.math cimport INFINITY, NAN, ldexp, sqrt
 from libc.stddef cimport ptrdiff_t, size_t
 cimport numpy as cnp
 
@@ -105,6 +105,7 @@ cdef extern from "fusedstep.h" nogil:
     const char *fs_rule_hyper_names(int rule)
     int fs_rule_states(int rule)
     int fs_rule_numbers(int rule)
+    bint fs_rule_is_factored(int rule)
 
     enum:
         FS_PARAM
@@ -172,6 +173,7 @@ cdef extern from "fusedstep.h" nogil:
     void fs_array_set_rounding(fs_array *array, fs_rounding rounding, void *residual)
     void fs_array_set_units(fs_array *array, int n_axes, const int *axes)
     void fs_array_set_number(fs_array *array, int number, void *data)
+    void fs_array_set_factors(fs_array *array, void *row_state, void *column_state)
     void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report)
     void fs_update(fs_plan *plan, const fs_options *options)
     void fs_clear(fs_plan *plan, const fs_options *options)
@@ -227,9 +229,10 @@ RULES = {fs_rule_name(rule).decode(): rule for rule in range(fs_rule_count())}
 
 
 def _hyper_places(int rule):
-    """Where each C hyper-parameter is found: "lr" at ("lr", None); "beta1", of the pair "betas", at ("betas", 0)."""
+    """Where each C hyper-parameter is found: "lr" at ("lr", None); "beta1", of the pair "betas", at ("betas", 0); "eps2" at
+    ("eps", 1)."""
     names = fs_rule_hyper_names(rule).decode().split()
-    return [(name[:-1] + "s", int(name[-1]) - 1) if name[-1] in "123456789" else (name, None) for name in names]
+    return [(name[:-1].rstrip("s") + "s", int(name[-1]) - 1) if name[-1] in "123456789" else (name, None) for name in names]
 
 
 def levels():
@@ -485,8 +488,11 @@ cdef class Plan:
                 raise ValueError(f"rule {rule} has others than {len(states)} states and {len(numbers)} numbers")
             for s in range(len(numbers)):
                 self.set_number(i, <int>s, numbers[s])
-            for s in range(len(states)):
-                self.set_state(i, <int>s, states[s], scales[s] if scales else None)
+            if rule is not None and fs_rule_is_factored(RULES[rule]):
+                self.set_factors(i, states[0], states[1])
+            else:
+                for s in range(len(states)):
+                    self.set_state(i, <int>s, states[s], scales[s] if scales else None)
             if average is not None:
                 self.set_written(i, FS_AVERAGE, average)
             if low_precision != "nearest":
@@ -513,6 +519,12 @@ cdef class Plan:
         self.written[i * N_WRITTEN + FS_STATE + s] = <PyArrayObject *>array
         if scales is not None:
             self.written[i * N_WRITTEN + FS_N_OPERANDS + s] = <PyArrayObject *>scales
+        return 0
+
+    cdef int set_factors(self, size_t i, cnp.ndarray rows, cnp.ndarray columns) except -1:
+        fs_array_set_factors(&self.plan.arrays[i], PyArray_DATA(<PyArrayObject *>rows), PyArray_DATA(<PyArrayObject *>columns))
+        self.written[i * N_WRITTEN + FS_STATE] = <PyArrayObject *>rows
+        self.written[i * N_WRITTEN + FS_STATE + 1] = <PyArrayObject *>columns
         return 0
 
     cdef int set_number(self, size_t i, int n, cnp.ndarray array) except -1:
@@ -663,7 +675,8 @@ cdef class Plan:
             elif name == "weight_decay":
                 group.hyper[h] = weight_decay if by_rule else 0.0
             else:
-                group.hyper[h] = values[name] if item is None else values[name][item]
+                value = values[name] if item is None else values[name][item]
+                group.hyper[h] = NAN if value is None else value
             h += 1
         group.l1 = values.get("l1", 0.0)
         group.maximize = values.get("maximize", False)

@@ -116,6 +116,18 @@ def at_least_0(value: Any, label: str) -> float:
     return number(value, label, "a finite number >= 0", lambda x: x >= 0)
 
 
+def at_least_0_or_none(value: Any, label: str) -> float | None:
+    return None if value is None else number(value, label, "a finite number >= 0 or None", lambda x: x >= 0)
+
+
+def at_least_1(value: Any, label: str) -> float:
+    return number(value, label, "a finite number >= 1", lambda x: x >= 1)
+
+
+def at_most_0(value: Any, label: str) -> float:
+    return number(value, label, "a finite number <= 0", lambda x: x <= 0)
+
+
 def above_0(value: Any, label: str) -> float:
     return number(value, label, "a finite number > 0", lambda x: x > 0)
 
@@ -187,6 +199,9 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "lr_decay": at_least_0,
     "initial_accumulator_value": at_least_0,
     "eps": at_least_0,
+    "eps[0]": at_least_0_or_none,
+    "beta2_decay": at_most_0,
+    "d": at_least_1,
     "rho": from_0_to_1,
     "etas": above_0,
     "step_sizes": at_least_0,
@@ -233,14 +248,16 @@ def decay_mode(values: Mapping[str, Any]) -> str:
 
 
 def resolve(name: str, value: Any, step: int, label: str, length: int | None = None) -> Any:
-    """The value of a hyper-parameter after `step` steps, checked; of one that is `length` numbers, each."""
+    """The value of a hyper-parameter after `step` steps, checked; of one that is `length` numbers, each, in a way of its own
+    if there is one."""
     if callable(value):
         value = value(step)
     if length is None:
         return CHECKS[name](value, label)
     if not isinstance(value, (tuple, list)) or len(value) != length:
         raise TypeError(f"{label}: expected {'a pair of' if length == 2 else length} numbers, got {value!r}")
-    return tuple(CHECKS[name](v(step) if callable(v) else v, f"{label}[{i}]") for i, v in enumerate(value))
+    checks = [CHECKS.get(f"{name}[{i}]", CHECKS[name]) for i in range(length)]
+    return tuple(check(v(step) if callable(v) else v, f"{label}[{i}]") for i, (check, v) in enumerate(zip(checks, value)))
 
 
 def check_only(name: str, values: Mapping[str, Any], wanted: Any, *conventions: str) -> None:

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _arrays, _hyper, reference
-from .optimizer import Optimizer
-from .state import AVERAGE, NUMBER, RESIDUAL_NAMES, SCALE
+from .optimizer import Optimizer, Part
+from .state import AVERAGE, NUMBER, RESIDUAL_NAMES, SCALE, shape_of
 
 Array = NDArray[Any]
 Arrays = dict[str, dict[str, Array]]
@@ -30,7 +30,7 @@ Hypers = dict[str, dict[str, Any]]
 LIBRARIES = {"torch": "PyTorch", "keras": "Keras", "optax": "optax"}
 
 TORCH_RULES = {
-    **dict.fromkeys(("SGD", "Adagrad", "Adadelta", "RMSprop", "Adamax", "ASGD"), ("coupled",)),
+    **dict.fromkeys(("SGD", "Adagrad", "Adadelta", "Adafactor", "RMSprop", "Adamax", "ASGD"), ("coupled",)),
     **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam"), ("coupled", "decoupled")),
     "Rprop": (),
 }
@@ -81,6 +81,9 @@ OPTAX_STATES |= dict.fromkeys(("AdamW", "NAdam", "RAdam", "LAMB"), OPTAX_STATES[
 
 OPTAX_WRAPPERS = ("EmptyState", "ScaleByScheduleState", "MaskedState", "PartitionState", "InjectStatefulHyperparamsState")
 """Other classes in a chain, which hold a count, further states, or nothing."""
+
+OWN = {AVERAGE, *RESIDUAL_NAMES}
+"""States that only fusedstep has."""
 
 OF_OTHER_SIGN = {
     ("keras", "SGD", "momentum_buffer"),
@@ -555,8 +558,8 @@ def imported(
     """A state dict of `opt` with these in the place of its own."""
     saved = opt.state_dict()
     params = dict(zip(opt._names, opt._params))
-    initial: Arrays = {}
-    for i, (group, values) in enumerate(zip(saved["param_groups"], opt._resolve(opt.param_groups, saved["step"]))):
+    resolved = opt._resolve(opt.param_groups, saved["step"])
+    for i, group in enumerate(saved["param_groups"]):
         new: dict[str, Any] = {}
         for name in group["names"]:
             for key, value in hypers.get(name, {}).items():
@@ -564,19 +567,26 @@ def imported(
                     label = f"{key} of param_groups[{i}]"
                     raise ValueError(f"{label}: expected one value for {group['names']}, got {new[key]!r} and {value!r}")
         group.update(new)
-        values = {**values, **new}
-        for name in group["names"] if step == 0 else ():  # some libraries make their state in the first step
-            like = np.empty_like(params[name], reference.compute_dtype(params[name].dtype))
-            initial[name] = {key: np.full_like(like, opt._initial_state(key, values)) for key in opt._states(values)}
-            initial[name] |= dict.fromkeys(opt._numbers, NUMBER)
-    kept = {AVERAGE, *RESIDUAL_NAMES}
+        resolved[i] = {**resolved[i], **new}
+    parts = dict(zip(opt._names, map(opt._parts(resolved).__getitem__, opt._part_of)))
     for name, own in states.items():
-        here = {key: array for key, array in saved["state"].get(name, {}).items() if key in kept}
+        here = {key: array for key, array in saved["state"].get(name, {}).items() if key in OWN}
+        if step == 0 and name in parts:  # some libraries make their state in the first step
+            here |= initial_states(parts[name], params[name])
         theirs = {key: as_state(opt, key, value, name, params.get(name)) for key, value in own.items()}
-        saved["state"][name] = {**here, **initial.get(name, {}), **theirs}
+        saved["state"][name] = here | theirs
     saved["step"] = step
     saved["options"] |= options
     return saved
+
+
+def initial_states(part: Part, param: Array) -> dict[str, Array]:
+    """What the rule's states and numbers of a parameter hold before the first step."""
+    rule, hyper = part
+    dtype = reference.compute_dtype(param.dtype)
+    states = {name: (shape_of(name, param.shape), rule._initial_state(name, hyper)) for name in rule._states(hyper)}
+    arrays = {name: np.full(shape, fill, dtype) for name, (shape, fill) in states.items()}
+    return arrays | dict.fromkeys(rule._numbers, NUMBER)
 
 
 def exported(opt: Optimizer) -> tuple[int, list[dict[str, Any]], Arrays]:
@@ -585,10 +595,10 @@ def exported(opt: Optimizer) -> tuple[int, list[dict[str, Any]], Arrays]:
     resolved = opt._resolve(opt.param_groups, saved["step"])
     params = dict(zip(opt._names, opt._params))
     states: Arrays = {}
-    for group, values in zip(opt.param_groups, resolved):
+    for group in opt.param_groups:
         for name in group["names"]:
             own, axes, dtype = saved["state"][name], saved["memory_axes"][name], reference.compute_dtype(params[name].dtype)
-            keys = (*opt._states(values), *opt._numbers)
+            keys = [key for key in own if key not in OWN and not key.endswith(SCALE)]
             exact = {key: reference.load_state(own[key], own.get(key + SCALE), axes, dtype) for key in keys}
             states[name] = {key: signed(opt, key, array) for key, array in exact.items()}
     return saved["step"], resolved, states
@@ -615,7 +625,7 @@ def as_numbers(value: Any) -> Any:
     """A hyper-parameter as numbers of Python, which may have been tensors."""
     if isinstance(value, (tuple, list)):
         return tuple(map(as_numbers, value))
-    return value if isinstance(value, bool) else float(value)
+    return value if value is None or isinstance(value, bool) else float(value)
 
 
 def the_step(counts: Mapping[str, float], step: int | None, label: str, least: int = 0) -> int:

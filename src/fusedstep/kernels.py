@@ -22,7 +22,7 @@ import numpy as np
 
 from . import _arrays, _backends, _hyper, reference, rules
 from .optimizer import Optimizer
-from .state import NUMBER, Operands, has_units
+from .state import NUMBER, Operands, has_units, must_be_packed, shape_of
 
 STAGE_DEFAULTS = {
     "grad_scale": 1.0,
@@ -65,12 +65,15 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         optimizer._check_hyper(values)
         if isinstance(given["step"], bool) or not isinstance(given["step"], (int, np.integer)) or given["step"] < 1:
             raise ValueError(f"step: expected a whole number >= 1, got {given['step']!r}")
+        param = _arrays.as_writeable(given["param"], "param")
+        part = optimizer._parts([defaults | values])[not optimizer._is_own(param)]
+        if part.rule is not optimizer:
+            raise ValueError(f"param: expected a matrix, got shape {param.shape}")
         states = tuple(name for name in state_names if given[name] is not None)
-        for name in optimizer._states(defaults | values):
+        for name in optimizer._states(part.hyper):
             if name not in states:
                 raise ValueError(f"{name}: expected an array, got none")
 
-        param = _arrays.as_writeable(given["param"], "param")
         grad = _arrays.as_gradient(given["grad"], "grad")
         arrays = tuple(_arrays.as_writeable(given[name], name) for name in states)
         if grad.shape != param.shape:
@@ -79,7 +82,9 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
             if name in optimizer._numbers:
                 _arrays.check_state(array, NUMBER.shape, NUMBER.dtype, name)
             else:
-                _arrays.check_state(array, param.shape, reference.compute_dtype(param.dtype), name)
+                _arrays.check_state(array, shape_of(name, param.shape), reference.compute_dtype(param.dtype), name)
+            if must_be_packed(name, array.dtype) and not array.flags.c_contiguous:
+                raise ValueError(f"{name}: expected a C-contiguous array, got strides {array.strides}")
         written = list(zip(["param", *states], [param, *arrays]))
         _arrays.check_overlaps(written)
         _arrays.check_overlaps(written, [("grad", grad)])

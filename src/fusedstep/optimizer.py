@@ -153,8 +153,8 @@ class Optimizer:
     _non_negative_states: ClassVar[tuple[str, ...]] = ()
     _direction: ClassVar[Callable[..., Array] | None] = None
     """Of rules with steps along what is made of the whole array: how it is; kernels have it after their states."""
-    _others: ClassVar[type[Optimizer] | None] = None
-    """For a rule of matrices alone, that of all other arrays."""
+    _has_others: ClassVar[bool] = False
+    """Whether parameters for which `_is_own` is false, those that are no matrices, are left to `_others`."""
     _is_scaled: ClassVar[bool] = False
     """Whether steps depend on norms of whole arrays."""
     _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}}
@@ -180,17 +180,22 @@ class Optimizer:
         return cls._rule.__name__
 
     @staticmethod
-    def _hyper_of_others(hyper: Mapping[str, Any]) -> dict[str, Any]:
-        """The hyper-parameters of the rule of all other arrays."""
-        raise NotImplementedError
+    def _is_own(param: Array) -> bool:
+        return True
 
-    def _parts(self, values: list[dict[str, Any]]) -> list[Part]:
+    @classmethod
+    def _others(cls, hyper: Mapping[str, Any]) -> Part:
+        """Rule and hyper-parameters of the others."""
+        return Part(cls, hyper)
+
+    @classmethod
+    def _parts(cls, values: list[dict[str, Any]]) -> list[Part]:
         """The groups of the plan: of each group, if need be, matrices and others."""
         parts = []
         for hyper in values:
-            parts.append(Part(type(self), hyper))
-            if self._others is not None:
-                parts.append(Part(self._others, self._hyper_of_others(hyper)))
+            parts.append(Part(cls, hyper))
+            if cls._has_others:
+                parts.append(cls._others(hyper))
         return parts
 
     def _kernel(self, part: Part) -> Kernel:
@@ -219,8 +224,8 @@ class Optimizer:
         """What a state array is filled with at first; None for the parameter's values."""
         return 0.0
 
-    @staticmethod
-    def _average(param: Array, own: Mapping[str, Array], hyper: Mapping[str, Any]) -> Array | None:
+    @classmethod
+    def _average(cls, param: Array, own: Mapping[str, Array], hyper: Mapping[str, Any]) -> Array | None:
         """The average that is a rule's result, in the compute type as `param` is, if that is not the parameter itself."""
         return None
 
@@ -283,8 +288,8 @@ class Optimizer:
         self._params = [array for _, array, _ in members]
         self._group_of = [i for _, _, i in members]
         self._part_of = self._group_of
-        if self._others is not None:
-            self._part_of = [2 * i + (array.ndim != 2) for _, array, i in members]
+        if self._has_others:
+            self._part_of = [2 * i + (not self._is_own(array)) for _, array, i in members]
         _arrays.check_names(self._names)
         _arrays.check_overlaps(self._labelled("params", self._params))
         for label, array in self._labelled("params", self._params):

@@ -32,6 +32,7 @@ Array = NDArray[Any]
 __all__ = [
     "adabelief",
     "adadelta",
+    "adafactor",
     "adagrad",
     "adam",
     "adamax",
@@ -764,6 +765,64 @@ def lars(
         p -= momentum * b + lr * ratio * direction if nesterov else b
 
 
+def adafactor(
+    param: Array,
+    grad: Array,
+    row_var: Array | None = None,
+    col_var: Array | None = None,
+    variance: Array | None = None,
+    *,
+    step: int,
+    lr: float = 1e-2,
+    beta2_decay: float = -0.8,
+    eps: tuple[float | None, float] = (None, 1e-3),
+    d: float = 1.0,
+    convention: str = "torch",
+    **stages: Unpack[Stages],
+) -> None:
+    """Adafactor with a variance by the rows and columns of matrices, or with all of it; see :class:`fusedstep.Adafactor`."""
+    weight_decay = rule_decay(stages)
+    with operands(param, grad, variance, lr=lr, **stages) as (p, g, *own):
+        least = float(np.finfo(g.dtype).eps) if eps[0] is None else eps[0]
+        inside, least = (least, 0.0) if convention == "keras" else (0.0, least)
+        weight = step**beta2_decay
+        for v in own:
+            v += weight * ((g * g + inside) - v)
+        v = own[0] if own else factored_variance(g, param.shape, row_var, col_var, weight, inside, least)
+        direction = g / np.sqrt(np.where(v < least * least, g.dtype.type(least * least), v))
+        root = math.sqrt(max(1, p.size))
+        rate = max(norm(p) / root, eps[1]) * min(lr, 1 / math.sqrt(step)) / max(norm(direction) / root / d, 1.0)
+        p[:] = (1 - lr * weight_decay) * p - rate * direction
+
+
+def factored_variance(
+    g: Array,
+    shape: tuple[int, ...],
+    row_var: Array | None,
+    col_var: Array | None,
+    weight: float,
+    inside: float,
+    least: float,
+) -> Array:
+    """Move the means of rows and columns of squares plus ``inside``; return the flat variance they make."""
+    if row_var is None or col_var is None:
+        raise ValueError(f"{'row_var' if row_var is None else 'col_var'}: expected an array, got none")
+    if len(shape) < 2:
+        raise ValueError(f"param: expected at least 2 dimensions, got shape {shape}")
+    if not g.size:
+        return g
+    matrices = g.reshape(-1, *shape[-2:])
+    _, n_rows, n_columns = matrices.shape
+    sums = (row_var, sum_squares(matrices), n_columns), (col_var, sum_squares_of_columns(matrices), n_rows)
+    for state, total, n in sums:
+        before = state.astype(np.float64).reshape(total.shape)
+        state[...] = (before + weight * ((total / n + inside) - before)).reshape(state.shape)
+    rows, columns = row_var.reshape(-1, n_rows), col_var.reshape(-1, n_columns)
+    mean = pairwise_sum(rows.astype(np.float64)) / n_rows
+    rows = (rows / np.where(mean < least, least, mean)[:, None]).astype(g.dtype)
+    return (rows[:, :, None] * columns[:, None, :]).reshape(-1)
+
+
 def novograd(
     param: Array,
     grad: Array,
@@ -1092,6 +1151,7 @@ def schedule_free_adamw(
 
 BLOCK = 1024
 LANES = 16
+CHUNK = 32
 
 # Squares of finite doubles may overflow or vanish: sums outside this range are taken again, scaled by 2**-(+-RESCUE).
 BIG_SUM, SMALL_SUM, RESCUE = 2.0**1000, 2.0**-900, 600
@@ -1124,6 +1184,20 @@ def sum_squares(g: Array, scale: float = 1.0) -> Any:
             half = lanes.shape[-1] // 2
             lanes = lanes[..., :half] + lanes[..., half:]
         return pairwise_sum(lanes[..., 0])
+
+
+def sum_squares_of_columns(matrices: Array) -> Array:
+    """The same along the last but one axis: in order within CHUNK rows, these pairwise."""
+    *others, n, n_columns = matrices.shape
+    n_chunks = -(-n // CHUNK)
+    with np.errstate(all="ignore"):
+        padded = np.zeros([*others, n_chunks * CHUNK, n_columns])
+        padded[..., :n, :] = matrices.astype(np.float64)
+        chunks = (padded * padded).reshape(*others, n_chunks, CHUNK, n_columns)
+        sums = np.zeros([*others, n_chunks, n_columns])
+        for k in range(CHUNK):
+            sums += chunks[..., k, :]
+        return np.asarray(pairwise_sum(np.moveaxis(sums, -2, -1)))
 
 
 def scaled_sums(rows: Array) -> list[tuple[float, int]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import _hyper, reference
 from ._hyper import Hyper
-from .optimizer import REQUIRED, Array, Optimizer
+from .optimizer import REQUIRED, Array, Optimizer, Part
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,6 +43,7 @@ __all__ = [
     "SGD",
     "AdaBelief",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -272,6 +273,102 @@ class Adadelta(Optimizer):
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
         return ("square_avg", "acc_delta")
+
+
+class Adafactor(Optimizer):
+    r"""Adafactor: of a matrix's variance only the means of rows and columns are kept, whose product stands for it.
+
+    .. math::
+
+        \beta_t &= 1 - t^\tau \\
+        r_t &= \beta_t r_{t-1} + (1 - \beta_t) \, \text{mean of the rows of } g_t^2, \qquad
+        c_t \text{ likewise of the columns} \\
+        v_t &= r_t c_t / \max(\text{mean of } r_t, \epsilon_1) \\
+        u_t &= g_t / \max(\sqrt{v_t}, \epsilon_1) \\
+        p_t &= (1 - \gamma \lambda) p_{t-1} -
+               \frac{\max(\epsilon_2, \text{rms}(p_{t-1})) \min(\gamma, 1 / \sqrt{t})}{\max(1, \text{rms}(u_t) / d)} u_t
+
+    The last two axes are matrices. Arrays of less than two dimensions keep all of :math:`v`, with
+    :math:`v_t = \beta_t v_{t-1} + (1 - \beta_t) g_t^2`.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options.
+    lr : float
+        :math:`\gamma`: relative to the root mean square of the parameter, and a limit of what else falls with the steps.
+    beta2_decay : float
+        :math:`\tau`, at most 0, of the states ``row_var`` (:math:`r`, of shape ``(..., rows, 1)``) and ``col_var``
+        (:math:`c`, ``(..., 1, columns)``), or of ``variance``.
+    eps : pair of float
+        :math:`\epsilon_1`, None for the machine epsilon of the type it is computed in; and :math:`\epsilon_2`. In "keras",
+        :math:`\epsilon_1` is added to the squares of gradients and nowhere else.
+    d : float
+        Limits the root mean square of what is made of a gradient.
+
+    Notes
+    -----
+    ``weight_decay``, :math:`\lambda`, is decoupled unless another kind is asked for. State of a matrix, ``rows + columns``
+    elements, is in the compute type whatever `state_dtype` is. A step reads gradients three times, and parameters twice.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.ones((2, 3))
+    >>> opt = fs.Adafactor({"w": w}, lr=0.5)
+    >>> _ = opt.step({"w": np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])})
+    >>> w
+    array([[0.5, 0.5, 0.5],
+           [0.5, 0.5, 0.5]])
+    >>> opt.state["w"]["row_var"].shape, opt.nbytes
+    ((2, 1), {'row_var': 16, 'col_var': 24})
+
+    References
+    ----------
+    As ``torch.optim.Adafactor``; Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost" (2018).
+    """
+
+    _rule = staticmethod(reference.adafactor)
+    _is_scaled = True
+    _has_others = True
+    _non_negative_states = ("variance",)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"lr": 1e-3, "eps": (1e-30, 1e-3), "decoupled_weight_decay": True},
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        *,
+        beta2_decay: Hyper = -0.8,
+        eps: tuple[Hyper | None, Hyper] = (None, 1e-3),
+        d: Hyper = 1.0,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, beta2_decay=beta2_decay, eps=eps, d=d), options)
+
+    @staticmethod
+    def _is_own(param: Array) -> bool:
+        return param.ndim >= 2
+
+    @classmethod
+    def _others(cls, hyper: Mapping[str, Any]) -> Part:
+        return Part(cls, {**hyper, "factored": False})
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("row_var", "col_var") if hyper.get("factored", True) else ("variance",)
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # There is nothing to save.
+        return ("row_var", "col_var")
+
+    @classmethod
+    def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
+        return "adafactor" if states == ("row_var", "col_var") else "adafactor_of_vectors"
 
 
 class RMSprop(Optimizer):
@@ -530,7 +627,7 @@ class Muon(Optimizer):
 
     _rule = staticmethod(reference.muon)
     _direction = staticmethod(reference.muon_direction)
-    _others = AdamW
+    _has_others = True
     _option_defaults: ClassVar[dict[str, Any]] = {"weight_decay": 0.1, "decoupled_weight_decay": True}
 
     def __init__(
@@ -570,19 +667,23 @@ class Muon(Optimizer):
         _hyper.from_0_below_1(values["momentum"], "momentum")
 
     @staticmethod
+    def _is_own(param: Array) -> bool:
+        return param.ndim == 2
+
+    @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",)
 
-    @staticmethod
-    def _hyper_of_others(hyper: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            **hyper,
+    @classmethod
+    def _others(cls, hyper: Mapping[str, Any]) -> Part:
+        own = {
             "lr": hyper["lr"] * hyper["adamw_lr_ratio"],
             "betas": hyper["adamw_betas"],
             "eps": hyper["adamw_eps"],
             "weight_decay": hyper["adamw_weight_decay"],
             "amsgrad": False,
         }
+        return Part(AdamW, {**hyper, **own})
 
 
 class NAdam(Optimizer):
@@ -1475,7 +1576,30 @@ class Adan(Optimizer):
         return ("pre_grad",)
 
 
-class ScheduleFreeSGD(Optimizer):
+class ScheduleFree(Optimizer):
+    """What the two below share: the arrays hold y, the state ``z`` is a parameter, too, and x, the result, is an average."""
+
+    _numbers = ("weight_sum", "lr_max")
+
+    @staticmethod
+    def _momentum(hyper: Mapping[str, Any]) -> float:
+        """How much of the average is in y."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("z",)
+
+    @staticmethod
+    def _initial_state(name: str, hyper: Mapping[str, Any]) -> float | None:
+        return None if name == "z" else 0.0
+
+    @classmethod
+    def _average(cls, param: Array, own: Mapping[str, Array], hyper: Mapping[str, Any]) -> Array:
+        return np.asarray(param + (1 - 1 / cls._momentum(hyper)) * (own["z"] - param))
+
+
+class ScheduleFreeSGD(ScheduleFree):
     r"""Schedule-Free SGD: an average of fast steps takes the place of a schedule that ends somewhere.
 
     .. math::
@@ -1527,7 +1651,6 @@ class ScheduleFreeSGD(Optimizer):
     """
 
     _rule = staticmethod(reference.schedule_free_sgd)
-    _numbers = ("weight_sum", "lr_max")
 
     def __init__(
         self,
@@ -1547,24 +1670,15 @@ class ScheduleFreeSGD(Optimizer):
             raise ValueError(f"momentum: expected a number in (0, 1), got {values['momentum']}")
 
     @staticmethod
+    def _momentum(hyper: Mapping[str, Any]) -> float:
+        return float(hyper["momentum"])
+
+    @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
         return ("z",)
 
-    @staticmethod
-    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
-        # It is a parameter itself.
-        return ("z",)
 
-    @staticmethod
-    def _initial_state(name: str, hyper: Mapping[str, Any]) -> float | None:
-        return None
-
-    @staticmethod
-    def _average(param: Array, own: Mapping[str, Array], hyper: Mapping[str, Any]) -> Array:
-        return schedule_free_average(param, own["z"], hyper["momentum"])
-
-
-class ScheduleFreeAdamW(Optimizer):
+class ScheduleFreeAdamW(ScheduleFree):
     r"""Schedule-Free AdamW: an average of fast steps takes the place of momentum, and of a schedule that ends somewhere.
 
     .. math::
@@ -1611,7 +1725,6 @@ class ScheduleFreeAdamW(Optimizer):
     """
 
     _rule = staticmethod(reference.schedule_free_adamw)
-    _numbers = ("weight_sum", "lr_max")
     _non_negative_states = ("exp_avg_sq",)
 
     def __init__(
@@ -1633,26 +1746,12 @@ class ScheduleFreeAdamW(Optimizer):
             raise ValueError(f"betas[0]: expected a number in (0, 1), got {values['betas'][0]}")
 
     @staticmethod
+    def _momentum(hyper: Mapping[str, Any]) -> float:
+        return float(hyper["betas"][0])
+
+    @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
         return ("z", "exp_avg_sq")
-
-    @staticmethod
-    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
-        # It is a parameter itself.
-        return ("z",)
-
-    @staticmethod
-    def _initial_state(name: str, hyper: Mapping[str, Any]) -> float | None:
-        return None if name == "z" else 0.0
-
-    @staticmethod
-    def _average(param: Array, own: Mapping[str, Array], hyper: Mapping[str, Any]) -> Array:
-        return schedule_free_average(param, own["z"], hyper["betas"][0])
-
-
-def schedule_free_average(y: Array, z: Array, beta: float) -> Array:
-    """The x of which y is ``(1 - beta) z + beta x``."""
-    return np.asarray(y + (1 - 1 / beta) * (z - y))
 
 
 class NovoGrad(Optimizer):

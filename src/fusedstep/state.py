@@ -45,6 +45,8 @@ RESIDUALS = {
 """By the option `low_precision`, what is kept of the digits that a parameter of 16 bits has no room for."""
 
 RESIDUAL_NAMES = {need.name for need in RESIDUALS.values() if need is not None}
+FACTORS = {"row_var": -1, "col_var": -2}
+"""States of factored rules, with the axis along which there is only one of each."""
 
 
 class Kernel(NamedTuple):
@@ -113,9 +115,17 @@ def specs_of(kernel: Kernel, param: Array, axes: list[int]) -> dict[str, Spec]:
             continue
         dtype = types.get(type) or np.dtype(type)
         specs[name] = Spec(param, axes, dtype, param if fill is None else fill)
+        if name in FACTORS:
+            specs[name] = Spec(np.empty(shape_of(name, param.shape), dtype), list(range(param.ndim)), dtype, 0.0)
         if dtype in reference.LEAST:
             specs[name + SCALE] = Spec(np.empty(-(-param.size // reference.SCALED), np.float32), [0], FLOAT32, 0.0)
     return specs
+
+
+def shape_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the state with this name of a parameter with this one."""
+    axis = len(shape) + FACTORS.get(name, 0)
+    return tuple(1 if a == axis else size for a, size in enumerate(shape))
 
 
 def operands_of(
@@ -190,15 +200,17 @@ def allocated(wanted: list[tuple[str, Spec]], allocate: Allocate | None) -> list
         is_float = _arrays.is_supported(dtype)
         array = _arrays.as_writeable(allocate(name, like.shape, dtype), label, any_dtype=not is_float)
         _arrays.check_state(array, like.shape, dtype, label)
-        if must_be_packed(name, dtype) and array.size and not np.shares_memory(_arrays.flat(array, axes), array):
-            raise ValueError(f"{label}: expected the order of its parameter in memory, got strides {array.strides}")
+        if must_be_packed(name, dtype) and not array.transpose(axes).flags.c_contiguous:
+            order = "C order" if axes == sorted(axes) else f"the order {axes} of its axes"
+            raise ValueError(f"{label}: expected an array in {order}, without gaps, got strides {array.strides}")
         arrays.append(array)
     return arrays
 
 
 def must_be_packed(name: str, dtype: np.dtype[Any]) -> bool:
-    """Whether a state array has to lie in the order of its parameter's elements without gaps."""
-    return name.rsplit(".", 1)[-1] in RESIDUAL_NAMES or reference.is_small(dtype)
+    """Whether a state array has to lie in an order of its axes, most often that of its parameter in memory, without gaps."""
+    key = name.rsplit(".", 1)[-1]
+    return key in RESIDUAL_NAMES | FACTORS.keys() or key.endswith(SCALE) or reference.is_small(dtype)
 
 
 # ---- Loaded arrays ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,72 @@
+/* Adafactor (Shazeer and Stern 2018), as in PyTorch: of the variance of a matrix only the means of its rows and columns are
+ * kept. These move on, and rows are divided by their mean, before anything else; then
+ *
+ *     v = rows columns      (of arrays that are no matrices: v = v + (1 - beta2) (g^2 - v))
+ *     d = g / max(sqrt(v), eps1)
+ *     p = (1 - lr weight_decay) p - max(eps2, rms(p)) min(lr, 1 / sqrt(step)) / max(1, rms(d) / limit) d
+ *
+ * with 1 - beta2 = step^beta2_decay. Keras has eps1 beside the squares of gradients in place of there.
+ */
+#ifndef real
+
+typedef struct { double lr, beta2_decay, eps1, eps2, d, convention, weight_decay; } adafactor_hyper;
+static const char adafactor_hyper_names[] = "lr beta2_decay eps1 eps2 d convention weight_decay";
+
+typedef struct { fs_factoring factoring; double relative_lr, decay, rate; } adafactor_coefs;
+
+static void adafactor_prepare(const adafactor_hyper *h, double step, adafactor_coefs *c)
+{
+    const double limit = 1.0 / sqrt(step);
+    c->factoring.weight = pow(step, h->beta2_decay);
+    c->factoring.eps = h->convention == FS_KERAS ? h->eps1 : 0.0;
+    c->factoring.least = h->convention == FS_KERAS ? 0.0 : h->eps1;
+    c->relative_lr = limit < h->lr ? limit : h->lr;
+    c->decay = 1.0 - h->lr * h->weight_decay;
+}
+
+static void adafactor_scale(const adafactor_hyper *h, const fs_whole *whole, double *numbers, adafactor_coefs *c)
+{
+    const double root = sqrt(whole->size), rms = whole->param_norm / root;
+    const double excess = whole->direction_norm / root / h->d;
+    (void)numbers;
+    c->rate = (rms < h->eps2 ? h->eps2 : rms) * c->relative_lr / (excess < 1.0 ? 1.0 : excess);
+}
+
+#else
+
+HELPER(adafactor_along)(real g, real v, const adafactor_coefs *c)
+{
+    const double least = or_epsilon(c->factoring.least, sizeof(real));
+    return g / SQRT(v < (real)(least * least) ? (real)(least * least) : v);
+}
+
+HELPER(adafactor_moved)(real p, real direction, const adafactor_coefs *c)
+{
+    return (real)c->decay * p - (real)c->rate * direction;
+}
+
+RULE(adafactor_direction)(real *p, real g, const real *row, const real *column, const adafactor_coefs *c)
+{
+    *p = FN(adafactor_along)(g, *row * *column, c);
+}
+
+RULE(adafactor)(real *p, real g, const real *row, const real *column, const adafactor_coefs *c)
+{
+    *p = FN(adafactor_moved)(*p, FN(adafactor_along)(g, *row * *column, c), c);
+}
+
+RULE(adafactor_of_vectors_direction)(real *p, real g, real *variance, const adafactor_coefs *c)
+{
+    const double eps = or_epsilon(c->factoring.eps, sizeof(real));
+    *variance = *variance + (real)c->factoring.weight * ((g * g + (real)eps) - *variance);
+    *p = FN(adafactor_along)(g, *variance, c);
+}
+
+RULE(adafactor_of_vectors)(real *p, real g, real *variance, const adafactor_coefs *c)
+{
+    real direction;
+    FN(adafactor_of_vectors_direction_element)(&direction, g, variance, c);
+    *p = FN(adafactor_moved)(*p, direction, c);
+}
+
+#endif
