@@ -41,7 +41,7 @@ def outcome(call):
     """What a call returns or raises."""
     try:
         return call()
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         return type(error), str(error)
 
 
@@ -50,7 +50,7 @@ class Optimizers(RuleBasedStateMachine):
 
     @initialize(
         case=st.sampled_from(SETTINGS),
-        options=st.sampled_from(database.OPTIONS),
+        options=st.sampled_from([*database.OPTIONS, *database.LOW_PRECISION, {"state_dtype": "bfloat16", "seed": 7}]),
         arrays=st.lists(
             st.tuples(st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.integers(0, 99)), min_size=1, max_size=5
         ),
@@ -60,10 +60,12 @@ class Optimizers(RuleBasedStateMachine):
         entry, settings = case
         self.rng = np.random.default_rng(seed)
         self.optimizer, self.settings = entry.optimizer, {**settings, **options}
+        if options.get("low_precision") == "split" and np.float16 in [dtype for _, dtype, _ in arrays]:
+            self.settings["low_precision"] = "kahan"
         values = [self.rng.standard_normal(shape).astype(dtype) for shape, dtype, _ in arrays]
         self.params = {f"p{i}": laid_out(v, layout) for i, (v, (_, _, layout)) in enumerate(zip(values, arrays))}
         # Random rounding belongs to places in the parameter's memory; all else to elements, wherever they lie.
-        alike = options.get("state_dtype") == "int8"
+        alike = options.get("state_dtype", "float32") != "float32" or "low_precision" in options
         self.twins = {
             f"p{i}": laid_out(v, layout) if alike else v.copy() for i, (v, (_, _, layout)) in enumerate(zip(values, arrays))
         }
@@ -109,6 +111,32 @@ class Optimizers(RuleBasedStateMachine):
         self.both(lambda opt: opt.step(grads, grad_scale=scale))
         assert {name: g.tobytes() for name, g in grads.items()} == before
         self.bound = grads
+
+    @rule(dtype=st.sampled_from([None, *DTYPES]), layout=st.integers(0, 99), with_clear=st.booleans())
+    def accumulate(self, dtype, layout, with_clear):
+        """Micro-batches; what a step then uses they do not change."""
+        for _ in range(2):
+            grads = self.gradients(dtype, layout)
+            self.both(lambda opt: opt.accumulate(grads))  # noqa: B023
+        assert self.opt.accumulated == self.twin.accumulated == 2
+        assert isinstance(self.both(lambda opt: opt.step(grads)), tuple)
+        self.both(lambda opt: opt.step(zero_grads=with_clear))
+        assert self.opt.accumulated == self.twin.accumulated == 0
+        self.bound = None
+
+    @rule()
+    def averaged(self):
+        """The averages in the arrays, and back."""
+
+        before = [p.copy() for p in self.params.values()]
+        found, wanted = outcome(lambda: self.opt.averages), outcome(lambda: self.twin.averages)
+        assert found.keys() == wanted.keys()
+        assert_same_bits([*found.values()], [*wanted.values()])
+        if found:
+            with self.opt.averaged(), self.twin.averaged():
+                self.equal()
+                assert isinstance(self.both(lambda opt: opt.step(self.gradients(None, 0))), tuple)
+        assert_same_bits([*self.params.values()], before)
 
     @rule(layout=st.integers(0, 99))
     def step_and_clear(self, layout):
@@ -170,7 +198,7 @@ class Optimizers(RuleBasedStateMachine):
             [
                 ("lr", 0.5), ("lr", 0.0), ("lr", -1.0), ("lr", float("nan")), ("lr", "x"), ("weight_decay", 0.1), ("l1", 0.01),
                 ("maximize", True), ("clip_value", 0.2), ("clip_value", None), ("clip_norm_per_array", 0.5), ("amsgrad", True),
-                ("clip_adaptive", 0.05), ("clip_adaptive", None), ("max_norm", 0.5), ("max_norm", None), ("unit_axes", 0),
+                ("ema_decay", 0.5), ("ema_decay", None), ("ema_decay", 1.0), ("clip_adaptive", 0.05), ("clip_adaptive", None), ("max_norm", 0.5), ("max_norm", None), ("unit_axes", 0),
                 ("momentum", 0.5), ("momentum", 0.0), ("centered", True), ("betas", (0.5, 0.25)), ("eps", 1e-3),
                 ("lr", lambda step: 0.1 / (1 + step)), ("lr", lambda step: None), ("lr", lambda step: float("inf")),
             ]
