@@ -1596,7 +1596,8 @@ class ScheduleFree(Optimizer):
 
     @classmethod
     def _average(cls, param: Array, own: Mapping[str, Array], hyper: Mapping[str, Any]) -> Array:
-        return np.asarray(param + (1 - 1 / cls._momentum(hyper)) * (own["z"] - param))
+        with np.errstate(all="ignore"):
+            return np.asarray(param + (1 - 1 / cls._momentum(hyper)) * (own["z"] - param))
 
 
 class ScheduleFreeSGD(ScheduleFree):
