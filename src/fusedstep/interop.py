@@ -586,7 +586,7 @@ def initial_states(part: Part, param: Array) -> dict[str, Array]:
     dtype = reference.compute_dtype(param.dtype)
     states = {name: (shape_of(name, param.shape), rule._initial_state(name, hyper)) for name in rule._states(hyper)}
     arrays = {name: np.full(shape, fill, dtype) for name, (shape, fill) in states.items()}
-    return arrays | dict.fromkeys(rule._numbers, NUMBER)
+    return arrays | {name: np.full_like(NUMBER, rule._initial_state(name, hyper)) for name in rule._numbers}
 
 
 def exported(opt: Optimizer) -> tuple[int, list[dict[str, Any]], Arrays]:
