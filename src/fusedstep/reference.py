@@ -915,7 +915,7 @@ def prodigy_of_all(
         along[:] = beta3 * along + s_rate * g
         numerator, denominator = over_all(float(sum_of(rate * g * (start - p))), float(sum_of(np.abs(along))))
         numerator += beta3 * float(d_numerator)
-        estimate = d_coef * numerator / denominator if denominator != 0 else 0.0
+        estimate = d_coef * numerator / denominator if denominator != 0 else math.nan
         d[...] = estimate if math.isfinite(estimate) and estimate > before else before
         d_numerator[...] = numerator
         p -= dlr * weight_decay * p + dlr * m / (np.sqrt(v) + float(d) * eps)
