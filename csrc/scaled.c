@@ -1,5 +1,5 @@
-/* What scaled rules have to know of whole arrays: norms of parameters and of the directions of steps, or sums over all arrays;
- * and numbers. */
+/* What scaled rules have to know of whole arrays: norms of parameters and of the directions of steps, or sums over all
+ * arrays; and numbers. */
 #include "engine.h"
 
 #include <math.h>
@@ -11,8 +11,8 @@ static bool has_direction(const fs_group *group)
     return fs_rule_direction(group->rule) != group->rule;
 }
 
-/* Those norms: of the parameter, with its decay, and of the direction of its step; or the sums of what the rule has put there
- * and into the first state. Nothing else changes. */
+/* Those norms: of the parameter, with its decay, and of the direction of its step; or sums of what the rule puts into the
+ * places of the parameter and of the first state. Nothing else changes. */
 static void scale_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
 {
     const fs_plan *plan = pass->plan;

@@ -37,6 +37,7 @@ FILES += [f"rules/{path.name}" for path in sorted(CSRC.glob("rules/*.h")) if pat
 C_TESTS = [
     "textbook",
     "scaled",
+    "summed",
     "numbers",
     "muon",
     "stats",
