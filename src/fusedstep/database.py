@@ -290,7 +290,7 @@ ENTRIES = [
                 "use_bias_correction: expected True for convention='optax', got False",
             ),
         ],
-        train={"prodigy": {}},
+        train={"prodigy": {"lr": 1.0}},
     ),
     Entry(
         rules.ScheduleFreeSGD,
