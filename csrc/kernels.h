@@ -81,7 +81,8 @@ const fs_kernels *fs_kernels_of(fs_level level, fs_dtype real);
 void fs_rule_prepare(int rule, const double *hyper, double step, double *coefs);
 
 /* Of a scaled rule: what is left of that for an array, with these numbers, which change. The norms are measured if there is
- * a kernel for the direction; else that is the rule itself. Of a summed rule there is something to begin with before that. */
+ * a kernel for the direction; else that is the rule itself. Of a summed rule there is something to begin with before the
+ * sums are found. */
 void fs_rule_begin(int rule, const double *hyper, const double *numbers, double *coefs);
 void fs_rule_scale(int rule, const double *hyper, const fs_whole *whole, double *numbers, double *coefs);
 int fs_rule_direction(int rule);
