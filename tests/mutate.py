@@ -249,7 +249,6 @@ EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("pieces.c:fs_update_pieces", "count > 0 ? count : piece", "count < 0", ORDER),
     ("pieces.c:fs_update_pieces", "count > 0 ? count : piece", "count > 1", ORDER),
     ("tiles.c:rows_are_runs", "across->chunk == 1", "== 0", SHORT_WAY),
-    ("tiles.c:fs_first_tile", "return array->n_tiles / n_units", "* n_units", CUTS),
     ("tiles.c:find_transposed", "", None, ORDER),
     ("tiles.c:arrange_grad", "array->grad_is_transposed =", None, ORDER),
     ("tiles.c:has_long_rows", "", None, ORDER),
