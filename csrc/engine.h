@@ -94,7 +94,7 @@ const void *fs_load_staged(const fs_work *w, const fs_array *array, size_t start
 
 /* ---- scaled.c ------------------------------------------------------------------------------------------------------- */
 
-/* Before anything else goes through the arrays of which norms scale the steps: what is packed lies in that order. */
+/* Before anything else goes through the arrays of which norms or sums scale the steps: what is packed lies in that order. */
 void fs_put_in_order_of_sums(fs_plan *plan);
 
 /* All that depends on whole arrays: their own coefficients, and their numbers after this step. */

@@ -16,7 +16,7 @@ enum {
     FS_SCALED = 256,     /* neighbours that share the scale of an 8-bit state */
     FS_MAX_STATES = 4,
     FS_MAX_NUMBERS = 2,  /* that a rule keeps for each array beside its states */
-    FS_MAX_HYPER = 8,    /* hyper-parameters of a rule */
+    FS_MAX_HYPER = 10,   /* hyper-parameters of a rule */
     FS_MAX_COEFS = 16    /* per-step coefficients of a rule */
 };
 

@@ -453,6 +453,17 @@ bool fs_rule_is_scaled(int rule)
     }
 }
 
+bool fs_rule_is_summed(int rule)
+{
+    switch (rule) {
+#define FS_SUMMED_RULE(name, family, n_states, n_numbers) case FS_RULE_##name:
+#include "rules.def"
+        return true;
+    default:
+        return false;
+    }
+}
+
 int fs_rule_numbers(int rule)
 {
     switch (rule) {
@@ -484,6 +495,17 @@ bool fs_rule_is_factored(int rule)
         return true;
     default:
         return false;
+    }
+}
+
+void fs_rule_begin(int rule, const double *hyper, const double *numbers, double *coefs)
+{
+    switch (rule) {
+#define FS_SUMMED_RULE(name, family, n_states, n_numbers)                                                        \
+    case FS_RULE_##name:                                                                                         \
+        family##_begin((const family##_hyper *)hyper, numbers, (family##_coefs *)coefs);                         \
+        break;
+#include "rules.def"
     }
 }
 

@@ -21,8 +21,9 @@ typedef struct {
     double l1;             /* 0 for none */
 } fs_stages;
 
-/* What is known of an array as a whole: how many elements it has, and norms of the parameter and of the step's direction. */
-typedef struct { double size, param_norm, direction_norm; } fs_whole;
+/* What is known of an array as a whole: how many elements it has, and norms of the parameter and of the step's direction;
+ * or, for a summed rule, both sums over all arrays. */
+typedef struct { double size, param_norm, direction_norm, sums[2]; } fs_whole;
 
 /* How the means of rows and columns move: by `weight` of the way to those of squared gradients plus `eps`; and the least
  * mean that rows are divided by. A NaN stands for the machine epsilon. */
@@ -63,7 +64,8 @@ typedef struct {
     /* What statistics are made of. */
     void (*subtract)(size_t n, const void *from, void *real);
     size_t (*count_zeros)(size_t n, const void *grad);
-    /* Sums of (scale x)^2 over consecutive blocks of FS_BLOCK. */
+    /* Sums over consecutive blocks of FS_BLOCK: of x, and of (scale x)^2. */
+    void (*sum)(size_t n, const void *run, double *block_sums);
     void (*sum_squares)(size_t n, const void *grad, double scale, double *block_sums);
     /* Add to what is there: squares to sums, one for each element; numbers of elements. */
     void (*add_squares)(size_t n, const void *grad, double *sums);
@@ -79,10 +81,13 @@ const fs_kernels *fs_kernels_of(fs_level level, fs_dtype real);
 void fs_rule_prepare(int rule, const double *hyper, double step, double *coefs);
 
 /* Of a scaled rule: what is left of that for an array, with these numbers, which change. The norms are measured if there is
- * a kernel for the direction; else that is the rule itself. */
+ * a kernel for the direction; else that is the rule itself. Of a summed rule there is something to begin with before the
+ * sums are found. */
+void fs_rule_begin(int rule, const double *hyper, const double *numbers, double *coefs);
 void fs_rule_scale(int rule, const double *hyper, const fs_whole *whole, double *numbers, double *coefs);
 int fs_rule_direction(int rule);
 bool fs_rule_is_scaled(int rule);
+bool fs_rule_is_summed(int rule);
 
 /* How many threads a pass over this many elements should use. `asked` is 0 for the default. */
 int fs_threads_for(size_t n_elements, int asked);

@@ -1,16 +1,18 @@
-/* What scaled rules have to know of whole arrays: norms of parameters and of the directions of steps, and numbers. */
+/* What scaled rules have to know of whole arrays: norms of parameters and of the directions of steps, or sums over all
+ * arrays; and numbers. */
 #include "engine.h"
 
 #include <math.h>
 #include <string.h>
 
-/* Whether norms scale the steps of a group. */
+/* Whether norms or sums scale the steps of a group. */
 static bool has_direction(const fs_group *group)
 {
     return fs_rule_direction(group->rule) != group->rule;
 }
 
-/* Those norms: of the parameter, with its decay, and of the direction of its step; nothing else changes. */
+/* Those norms: of the parameter, with its decay, and of the direction of its step; or sums of what the rule puts into the
+ * places of the parameter and of the first state. Nothing else changes. */
 static void scale_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
 {
     const fs_plan *plan = pass->plan;
@@ -20,7 +22,7 @@ static void scale_work(const fs_pass *pass, size_t i, size_t start, size_t end, 
         return;
     fs_add_units(&w, array);
     const fs_stages decay = {.factor = w.decay, .clip_value = INFINITY};
-    w.coefs = w.group->coefs;
+    const bool is_summed = fs_rule_is_summed(w.rule);
     w.rule = fs_rule_direction(w.rule);
     w.decay = 1.0;
     for (; start < end; start += FS_BLOCK) {
@@ -28,18 +30,41 @@ static void scale_work(const fs_pass *pass, size_t i, size_t start, size_t end, 
         void *at[FS_N_PLACES];
         fs_copy_block(&w, array, start, count, at, tile);
         w.k->apply_stages(count, at[FS_PARAM], at[FS_PARAM], NULL, &decay);
-        w.k->sum_squares(count, at[FS_PARAM], 1.0, &plan->block_stats[FS_PARAM_SQUARES][block]);
+        if (!is_summed)
+            w.k->sum_squares(count, at[FS_PARAM], 1.0, &plan->block_stats[FS_PARAM_SQUARES][block]);
         fs_apply_rule(&w, count, at, at[FS_GRAD]);
-        w.k->sum_squares(count, at[FS_PARAM], 1.0, &plan->block_stats[FS_UPDATE_SQUARES][block]);
+        if (is_summed) {
+            w.k->sum(count, at[FS_PARAM], &plan->block_stats[FS_PARAM_SQUARES][block]);
+            w.k->sum(count, at[FS_STATE], &plan->block_stats[FS_UPDATE_SQUARES][block]);
+        } else {
+            w.k->sum_squares(count, at[FS_PARAM], 1.0, &plan->block_stats[FS_UPDATE_SQUARES][block]);
+        }
     }
+}
+
+static bool is_summed_array(const fs_plan *plan, size_t i)
+{
+    return fs_rule_is_summed(plan->groups[plan->arrays[i].group].rule);
+}
+
+/* By array; those of summed rules all have the sum over all of them. */
+static void finish_measured(fs_plan *plan, int stat)
+{
+    fs_finish_stat(plan, stat);
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        plan->array_sums[i] = is_summed_array(plan, i) ? plan->stats[stat][i] : 0.0;
+    const double total = fs_pairwise_sum(plan->array_sums, plan->n_arrays);
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        if (is_summed_array(plan, i))
+            plan->stats[stat][i] = total;
 }
 
 static void measure_directions(fs_pass *pass)
 {
     pass->work = scale_work;
     fs_run_pass(pass);
-    fs_finish_stat(pass->plan, FS_PARAM_SQUARES);
-    fs_finish_stat(pass->plan, FS_UPDATE_SQUARES);
+    finish_measured(pass->plan, FS_PARAM_SQUARES);
+    finish_measured(pass->plan, FS_UPDATE_SQUARES);
 }
 
 void fs_put_in_order_of_sums(fs_plan *plan)
@@ -49,18 +74,34 @@ void fs_put_in_order_of_sums(fs_plan *plan)
             fs_array_for_sums(&plan->arrays[i]);
 }
 
-/* An array's own coefficients, and its numbers after this step. */
+static void load_numbers(const fs_array *array, int n_numbers, double *numbers)
+{
+    for (int n = 0; n < n_numbers; n++)
+        memcpy(&numbers[n], array->number[n], sizeof numbers[n]);
+}
+
+/* An array's own coefficients, as far as they are known before anything is measured. */
+static void begin_array(fs_plan *plan, size_t i)
+{
+    const fs_array *array = &plan->arrays[i];
+    const fs_group *group = &plan->groups[array->group];
+    double numbers[FS_MAX_NUMBERS];
+    load_numbers(array, fs_rule_numbers(group->rule), numbers);
+    memcpy(plan->coefs[i], group->coefs, sizeof plan->coefs[i]);
+    fs_rule_begin(group->rule, group->hyper, numbers, plan->coefs[i]);
+}
+
+/* The others, and its numbers after this step. */
 static void scale_array(fs_plan *plan, size_t i)
 {
     const fs_array *array = &plan->arrays[i];
     const fs_group *group = &plan->groups[array->group];
     const int n_numbers = fs_rule_numbers(group->rule);
+    const double first = plan->stats[FS_PARAM_SQUARES][i], second = plan->stats[FS_UPDATE_SQUARES][i];
     double numbers[FS_MAX_NUMBERS];
-    for (int n = 0; n < n_numbers; n++)
-        memcpy(&numbers[n], array->number[n], sizeof numbers[n]);
-    memcpy(plan->coefs[i], group->coefs, sizeof plan->coefs[i]);
-    const fs_whole whole = {(double)array->size, sqrt(plan->stats[FS_PARAM_SQUARES][i]),
-                            sqrt(plan->stats[FS_UPDATE_SQUARES][i])};
+    load_numbers(array, n_numbers, numbers);
+    const fs_whole whole = {.size = (double)array->size, .param_norm = sqrt(first), .direction_norm = sqrt(second),
+                            .sums = {first, second}};
     fs_rule_scale(group->rule, group->hyper, &whole, numbers, plan->coefs[i]);
     for (int n = 0; n < n_numbers; n++)
         memcpy(array->number[n], &numbers[n], sizeof numbers[n]);
@@ -74,6 +115,9 @@ void fs_scale_pass(fs_pass *pass)
         any_measured = any_measured || has_direction(&plan->groups[i]);
         any_factored = any_factored || fs_rule_is_factored(plan->groups[i].rule);
     }
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        if (plan->groups[plan->arrays[i].group].is_scaled)
+            begin_array(plan, i);
     if (any_factored)
         fs_move_factors(pass);
     if (any_measured)

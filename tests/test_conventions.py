@@ -147,6 +147,21 @@ OPTAX = [
         {"lr": 0.1, "betas": (0.75, 0.5), "eps": 0.1, "weight_decay": 0.2},
         lambda: optax.novograd(0.1, b1=0.75, b2=0.5, eps=0.1, weight_decay=0.2),
     ),
+    ("Prodigy", {"d0": 0.1}, lambda: optax.contrib.prodigy(estim_lr0=0.1)),
+    (  # where d grows
+        "Prodigy",
+        {
+            "lr": 0.5,
+            "betas": (0.8, 0.95),
+            "beta3": 0.9,
+            "eps": 0.01,
+            "d0": 0.01,
+            "d_coef": 10.0,
+            "safeguard_warmup": True,
+            "weight_decay": 0.1,
+        },
+        lambda: optax.contrib.prodigy(0.5, (0.8, 0.95), 0.9, 0.01, 0.01, 10.0, weight_decay=0.1, safeguard_warmup=True),
+    ),
     ("SGD", {"lr": 0.1, "clip_norm": 0.5}, lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))),
 ]
 

@@ -857,6 +857,23 @@ def test_refusals_to_optax(theirs, params, message):
     assert str(caught.value) == message
 
 
+def test_numbers_that_optax_has_once():
+    """Of nested parameters; here each array has them, and they must not differ."""
+    opt = fs.Prodigy(copy.deepcopy(PARAMS), convention="optax")
+    there = (
+        optax.contrib.prodigy().init(PARAMS)._replace(estim_lr=np.float32(0.5), numerator_weighted=np.float32(-2), count=3)
+    )
+    opt.load_state_dict(interop.from_optax(opt, there))
+    assert opt.steps == 3
+    assert {(float(own["d"]), float(own["d_numerator"])) for own in opt.state.values()} == {(0.5, -2.0)}
+    assert interop.to_optax(opt, optax.contrib.prodigy().init(PARAMS)).estim_lr == 0.5
+    opt.state["a"]["d"][...] = 0.25
+    with pytest.raises(ValueError) as caught:
+        interop.to_optax(opt, there)
+    numbers = [float(own["d"]) for own in opt.state.values()]
+    assert str(caught.value) == f"opt_state.estim_lr: expected the same d of all arrays, got {numbers}"
+
+
 # ---- What all have in common --------------------------------------------------------------------------------------------
 
 

@@ -339,6 +339,25 @@ def plain_schedule_free_adamw(gradients, lr, beta1, beta2, eps, r, power, weight
         yield change
 
 
+def plain_prodigy(gradients, lr, beta1, beta2, beta3, eps, d0, d_coef, corrected, safeguarded, weight_decay):
+    """As Mishchenko and Defazio, algorithm 4, and what their implementation adds."""
+    p, m, v, s, r, d = 1.0, 0.0, 0.0, 0.0, 0.0, d0
+    found = [d0]
+    beta3 = math.sqrt(beta2) if beta3 is None else beta3
+    for t, g in enumerate(gradients, 1):
+        dlr = d * lr * (math.sqrt(1 - beta2**t) / (1 - beta1**t) if corrected else 1)
+        m = beta1 * m + (1 - beta1) * d * g
+        v = beta2 * v + (1 - beta2) * d**2 * g**2
+        r = beta3 * r + d / d0 * dlr * g * (1.0 - p)
+        s = beta3 * s + d / d0 * (d if safeguarded else dlr) * g
+        d = max(d, d_coef * r / abs(s))
+        found.append(d)
+        change = -dlr * m / (math.sqrt(v) + d * eps) - dlr * weight_decay * p
+        p += change
+        assert t < STEPS or 2 < len(set(found)) < STEPS  # it grows in some steps, and not in others
+        yield change
+
+
 PLAIN = [
     (fs.Adamax, dict(lr=0.1, betas=(0.5, 0.75), eps=1e-3), plain_adamax),
     (fs.RAdam, dict(lr=0.1, betas=(0.5, 0.9), eps=1e-3), plain_radam),
@@ -358,6 +377,29 @@ PLAIN = [
     ),
     (fs.Adan, dict(lr=0.1, betas=(0.75, 0.875, 0.5), eps=1e-3), plain_adan),
     (fs.NovoGrad, dict(lr=0.1, betas=(0.75, 0.5), eps=1e-3, weight_decay=0.25), plain_novograd),
+    *(
+        (
+            fs.Prodigy,
+            dict(
+                lr=0.5,
+                betas=(0.75, 0.9),
+                beta3=beta3,
+                eps=1e-3,
+                d0=0.01,
+                d_coef=20.0,
+                use_bias_correction=corrected,
+                safeguard_warmup=safeguarded,
+                weight_decay=0.25,
+            ),
+            plain_prodigy,
+        )
+        for beta3, corrected, safeguarded in [
+            (None, False, False),
+            (0.8, True, False),
+            (0.8, False, True),
+            (None, True, True),
+        ]
+    ),
     (fs.ScheduleFreeSGD, dict(lr=0.1, momentum=0.75, r=0.5, weight_lr_power=1.0), plain_schedule_free_sgd),
     (
         fs.ScheduleFreeAdamW,

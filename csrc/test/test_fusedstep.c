@@ -472,6 +472,89 @@ static void test_scaled(void)
             }
 }
 
+/* Prodigy, whose steps are scaled by sums over all arrays: those of two groups with a learning rate each, or of one beside
+ * another with LAMB. The first gradients are those of a square, for d to grow. */
+static void test_summed(void)
+{
+    static const char names[] = "lr beta1 beta2 beta3 eps d0 d_coef weight_decay use_bias_correction safeguard_warmup";
+    static const double cases[][10] = {
+        {0.5, 0.75, 0.5, NAN, 1e-3, 0.125, 16.0, 0.25, 0.0, 0.0},
+        {0.5, 0.75, 0.5, 0.875, 1e-3, 0.125, 16.0, 0.0, 1.0, 0.0},
+        {0.5, 0.75, 0.5, 0.875, 1e-3, 0.125, 32.0, 0.25, 0.0, 1.0},
+    };
+    enum { N_ARRAYS = 4, LARGEST = 3001, STEPS = 5 };
+    static const size_t sizes[N_ARRAYS] = {5, LARGEST, 300, 1024};
+    static wide expected[N_ARRAYS][LARGEST], states[N_ARRAYS][LARGEST][4];
+    for (size_t c = 0; c < LENGTH(cases); c++)
+        for (int turn = 0; turn < 4; turn++) {
+            const bool with_lamb = turn % 2;
+            const int n_threads = turn / 2 ? 3 : 1;
+            CONTEXT("case %zu, with LAMB %d, %d threads", c, with_lamb, n_threads);
+            const double *h = cases[c];
+            const wide lr[] = {h[0], with_lamb ? 0.0 : h[0] / 2};
+            fs_plan *plan = make_plan(FS_FLOAT64, N_ARRAYS, sizes);
+            fs_options options = plain(plan, find_rule("prodigy"));
+            options.n_threads = n_threads;
+            CHECK(strcmp(fs_rule_hyper_names(plan->groups[0].rule), names) == 0);
+            for (int g = 0; g < 2; g++) {
+                memcpy(plan->groups[g].hyper, h, sizeof cases[c]);
+                plan->groups[g].hyper[0] = (double)lr[g];
+            }
+            if (with_lamb)
+                use_rule(&plan->groups[1], find_rule("lamb"));
+            for (size_t i = 0; i < N_ARRAYS; i++) {
+                plan->arrays[i].group = i % 2;
+                memcpy(plan->arrays[i].number[0], &h[5], sizeof(double));
+                memset(plan->arrays[i].number[1], 0, sizeof(double));
+                for (size_t e = 0; e < sizes[i]; e++) {
+                    expected[i][e] = get(plan, i, FS_PARAM, e);
+                    for (int o = 0; o < 4; o++) {
+                        states[i][e][o] = o < 3 ? 0 : expected[i][e];
+                        set(plan, i, FS_STATE + o, e, (double)states[i][e][o]);
+                    }
+                }
+            }
+            wide d = h[5], r = 0;
+            for (int t = 1; t <= STEPS; t++) {
+                const wide beta3 = isnan(h[3]) ? sqrtl(h[2]) : (wide)h[3], before = d;
+                const wide correction = h[8] != 0 ? sqrtl(1 - powl(h[2], t)) / (1 - powl(h[1], t)) : 1;
+                wide denominator = 0;
+                r *= beta3;
+                for (size_t i = 0; i < N_ARRAYS; i++)
+                    for (size_t e = 0; e < sizes[i]; e++) {
+                        set(plan, i, FS_GRAD, e, t <= 3 ? (double)expected[i][e] : random_signed());
+                        const wide g = get(plan, i, FS_GRAD, e), dlr = d * lr[i % 2] * correction;
+                        wide *s = states[i][e];
+                        if (i % 2 && with_lamb)
+                            continue;
+                        s[0] = h[1] * s[0] + (1 - (wide)h[1]) * d * g;
+                        s[1] = h[2] * s[1] + (1 - (wide)h[2]) * d * d * g * g;
+                        s[2] = beta3 * s[2] + d / h[5] * (h[9] != 0 ? d : dlr) * g;
+                        r += d / h[5] * dlr * g * (s[3] - expected[i][e]);
+                        denominator += fabsl(s[2]);
+                    }
+                d = fmaxl(d, h[6] * r / denominator);
+                for (size_t i = 0; i < N_ARRAYS; i += 1 + with_lamb)
+                    for (size_t e = 0; e < sizes[i]; e++) {
+                        const wide *s = states[i][e], dlr = before * lr[i % 2] * correction;
+                        expected[i][e] -= dlr * (s[0] / (sqrtl(s[1]) + d * h[4]) + h[7] * expected[i][e]);
+                    }
+                CHECK(take_step(plan, options).applied);
+            }
+            CHECK(d > h[5]);
+            for (size_t i = 0; i < N_ARRAYS; i += 1 + with_lamb) {
+                double numbers[2];
+                for (int n = 0; n < 2; n++)
+                    memcpy(&numbers[n], plan->arrays[i].number[n], sizeof numbers[n]);
+                CHECK(fabsl(numbers[0] - d) < 1e-13 * d);
+                CHECK(fabsl(numbers[1] - r) < 1e-13 * fabsl(r));
+                for (size_t e = 0; e < sizes[i]; e++)
+                    CHECK(fabsl(get(plan, i, FS_PARAM, e) - expected[i][e]) < 1e-13);
+            }
+            free_plan(plan);
+        }
+}
+
 /* Numbers that a rule keeps, where doubles should not lie: those of Schedule-Free in a warm-up from 0 and after it. */
 static void test_numbers(void)
 {
@@ -1642,7 +1725,8 @@ int main(int argc, char **argv)
     fs_threads_insist(true);
 #define TEST(name) {#name, test_##name}
     static const struct { const char *name; void (*run)(void); } tests[] = {
-        TEST(textbook), TEST(scaled), TEST(numbers), TEST(muon), TEST(conventions), TEST(negative_variance), TEST(stages),
+        TEST(textbook), TEST(scaled), TEST(summed), TEST(numbers), TEST(muon), TEST(conventions), TEST(negative_variance),
+        TEST(stages),
         TEST(after_the_rule), TEST(small_states),
         TEST(join_and_part), TEST(blocks), TEST(stats), TEST(units), TEST(factored), TEST(nonfinite), TEST(out_of_memory),
         TEST(many_arrays), TEST(empty_plans),

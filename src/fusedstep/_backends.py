@@ -7,7 +7,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,15 @@ def require_core() -> Any:
     return core
 
 
+class Rule(NamedTuple):
+    """A rule of the reference, and the names of its states and numbers in order."""
+
+    alone: Callable[..., None]
+    states: tuple[str, ...]
+    of_all: Callable[..., None] | None = None
+    """The same of one array among all, if it depends on sums over them."""
+
+
 class ReferencePlan:
     """`_core.Plan` on the NumPy reference: the same interface, the same bits."""
 
@@ -48,7 +57,7 @@ class ReferencePlan:
         params: list[Array],
         operands: list[Operands],
         groups: list[int],
-        rules: list[Any],
+        rules: list[Rule],
         seed: int = 0,
         has_stats: bool = False,
         in_c_order: bool = False,
@@ -120,8 +129,9 @@ class ReferencePlan:
     def update(self, apply: bool, clear_grads: bool, used: ReferencePlan | None = None, stats: Array | None = None) -> None:
         changes: list[Change] = [(used._steps, ..., 0)] if used is not None else []
         if apply:
+            totals = self._totals()
             for i in range(len(self.params)):
-                updated, found = self._updated(i)
+                updated, found = self._updated(i, lambda *own: totals)
                 changes += updated
                 if stats is not None:
                     changes.append((stats, i, found))
@@ -142,26 +152,47 @@ class ReferencePlan:
             changes.append((grad, ..., g.reshape(grad.shape).astype(grad.dtype)))
         assign(changes)
 
-    def _updated(self, i: int) -> tuple[list[Change], Any]:
+    def _totals(self) -> tuple[float, ...]:
+        """The sums over all arrays that rules ask for, which take the step once to find their own."""
+        sums = np.zeros((2, len(self.params)))
+        for i, group in enumerate(self.groups):
+            if self.rules[group].of_all is not None:
+
+                def note(*own: float, i: int = i) -> tuple[float, ...]:
+                    sums[:, i] = own
+                    return own
+
+                self._applied(i, note)
+        with np.errstate(all="ignore"):
+            return tuple(reference.pairwise_sum(sums).tolist())
+
+    def _axes(self, i: int) -> list[int]:
+        """The order in which small states and residuals of an array lie."""
+        return list(range(self.params[i].ndim)) if self.in_c_order else _arrays.memory_axes(self.params[i])
+
+    def _applied(self, i: int, over_all: Callable[..., Any]) -> tuple[Array, Array, list[Array], list[Array]]:
+        """A parameter before and after its rule, its states and its numbers; nothing changes."""
+        operands, rule, values = self.operands[i], self.rules[self.groups[i]], self.values[self.groups[i]]
+        before, states = loaded(self.params[i], operands, self._axes(i))
+        after, numbers = before.copy(), [number.copy() for number in operands.numbers]
+        hyper = {k: v for k, v in values.items() if k in keywords(rule.alone)} | {"unit_axes": operands.unit_axes}
+        own = dict(zip(rule.states, [*states, *numbers]))
+        apply = rule.alone if rule.of_all is None else functools.partial(rule.of_all, over_all)
+        apply(after, self.grads[i], **own, step=self.steps + 1, **self.stages[i], **hyper)
+        return before, after, states, numbers
+
+    def _updated(self, i: int, over_all: Callable[..., Any]) -> tuple[list[Change], Any]:
         """What is to be assigned to a parameter and what goes with it; and its statistics, if they are asked for."""
         param, operands = self.params[i], self.operands[i]
-        states, scales, average, low_precision, residual, unit_axes, numbers = operands
-        rule, state_names = self.rules[self.groups[i]]
+        states, scales, average, low_precision, residual, _, numbers = operands
         values = self.values[self.groups[i]]
         real = reference.compute_dtype(param.dtype)
-        axes = list(range(param.ndim)) if self.in_c_order else _arrays.memory_axes(param)
-        step = self.steps + 1
+        axes, step = self._axes(i), self.steps + 1
 
         def random(number: int) -> Array:
             return reference.random_fractions(self.seed, step, i, number, param.size)
 
-        before, exact_states = loaded(param, self.operands[i], axes)
-        exact = before.copy()
-        hyper = {k: v for k, v in values.items() if k in keywords(rule)} | {"unit_axes": unit_axes}
-        new_numbers = [number.copy() for number in numbers]
-        own = dict(zip(state_names, [*exact_states, *new_numbers]))
-        rule(exact, self.grads[i], **own, step=step, **self.stages[i], **hyper)
-
+        before, exact, exact_states, new_numbers = self._applied(i, over_all)
         new_param, new_residual = param.copy(), None if residual is None else residual.copy()
         bits = _arrays.shaped(random(reference.PARAM), param.shape, axes) if low_precision == "stochastic" else None
         reference.part(exact, new_param, low_precision, new_residual, bits)

@@ -229,10 +229,13 @@ RULES = {fs_rule_name(rule).decode(): rule for rule in range(fs_rule_count())}
 
 
 def _hyper_places(int rule):
-    """Where each C hyper-parameter is found: "lr" at ("lr", None); "beta1", of the pair "betas", at ("betas", 0); "eps2" at
-    ("eps", 1)."""
+    """Where each C hyper-parameter is found, if not under its name: "beta1", of the pair "betas", at ("beta1", "betas", 0);
+    "eps2" at ("eps2", "eps", 1)."""
     names = fs_rule_hyper_names(rule).decode().split()
-    return [(name[:-1].rstrip("s") + "s", int(name[-1]) - 1) if name[-1] in "123456789" else (name, None) for name in names]
+    return [
+        (name, name[:-1].rstrip("s") + "s", int(name[-1]) - 1) if name[-1] in "123456789" else (name, None, None)
+        for name in names
+    ]
 
 
 def levels():
@@ -666,16 +669,16 @@ cdef class Plan:
         self.seen = None
         mode = decay_mode(values)
         weight_decay = values.get("weight_decay", 0.0)
-        by_rule = mode == "coupled" and ("weight_decay", None) in self.places[index]
+        by_rule = mode == "coupled" and ("weight_decay", None, None) in self.places[index]
         group.weight_decay = 0.0 if by_rule else weight_decay
         group.decay_mode = DECAY_MODES[mode]
-        for name, item in self.places[index]:
+        for name, several, item in self.places[index]:
             if name == "convention":
                 group.hyper[h] = CONVENTIONS.index(values.get(name, "torch"))
             elif name == "weight_decay":
                 group.hyper[h] = weight_decay if by_rule else 0.0
             else:
-                value = values[name] if item is None else values[name][item]
+                value = values[name] if name in values else values[several][item]
                 group.hyper[h] = NAN if value is None else value
             h += 1
         group.l1 = values.get("l1", 0.0)

@@ -140,6 +140,10 @@ def from_0_below_1(value: Any, label: str) -> float:
     return number(value, label, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
+def from_0_below_1_or_none(value: Any, label: str) -> float | None:
+    return None if value is None else number(value, label, "a number in [0, 1) or None", lambda x: 0 <= x < 1)
+
+
 def from_0_to_1_or_none(value: Any, label: str) -> float | None:
     return None if value is None else number(value, label, "a number in [0, 1] or None", lambda x: 0 <= x <= 1)
 
@@ -214,6 +218,11 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "centered": boolean,
     "amsgrad": boolean,
     "betas": from_0_below_1,
+    "beta3": from_0_below_1_or_none,
+    "d0": above_0,
+    "d_coef": above_0,
+    "use_bias_correction": boolean,
+    "safeguard_warmup": boolean,
     "ns_coefficients": finite,
     "ns_steps": lambda value, label: whole_number(value, label, 0),
     "adjust_lr_fn": lambda value, label: one_of(value, (None, "original", "match_rms_adamw"), label),

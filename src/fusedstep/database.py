@@ -263,6 +263,36 @@ ENTRIES = [
         train={"novograd": {"lr": 1e-2}},
     ),
     Entry(
+        rules.Prodigy,
+        settings=[
+            {},
+            {
+                "lr": 0.5,
+                "betas": (0.8, 0.95),
+                "beta3": 0.9,
+                "eps": 1e-6,
+                "d0": 1e-3,
+                "d_coef": 2.0,
+                "use_bias_correction": True,
+                "safeguard_warmup": True,
+                "weight_decay": 0.1,
+            },
+        ],
+        invalid=[
+            ({"beta3": 1.0}, ValueError, "beta3: expected a number in [0, 1) or None, got 1.0"),
+            ({"d0": 0.0}, ValueError, "d0: expected a finite number > 0, got 0.0"),
+            ({"d_coef": -1}, ValueError, "d_coef: expected a finite number > 0, got -1"),
+            ({"use_bias_correction": 1}, TypeError, "use_bias_correction: expected True or False, got 1"),
+            ({"safeguard_warmup": None}, TypeError, "safeguard_warmup: expected True or False, got None"),
+            (
+                {"convention": "optax", "use_bias_correction": False},
+                ValueError,
+                "use_bias_correction: expected True for convention='optax', got False",
+            ),
+        ],
+        train={"prodigy": {"lr": 1.0}},
+    ),
+    Entry(
         rules.ScheduleFreeSGD,
         settings=[{}, {"lr": 0.1, "momentum": 0.75, "r": 1.5, "weight_lr_power": 1.0}],
         invalid=[

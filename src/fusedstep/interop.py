@@ -75,6 +75,16 @@ OPTAX_STATES = {
     "Adamax": {"ScaleByAdamState": {"mu": "exp_avg", "nu": "exp_inf"}},
     "Lion": {"ScaleByLionState": {"mu": "exp_avg"}},
     "NovoGrad": {"ScaleByNovogradState": {"mu": "exp_avg", "nu": "exp_avg_sq"}},
+    "Prodigy": {
+        "ProdigyState": {
+            "exp_avg": "exp_avg",
+            "exp_avg_sq": "exp_avg_sq",
+            "grad_sum": "s",
+            "params0": "p0",
+            "estim_lr": "d",
+            "numerator_weighted": "d_numerator",
+        }
+    },
 }
 OPTAX_STATES |= dict.fromkeys(("AdamW", "NAdam", "RAdam", "LAMB"), OPTAX_STATES["Adam"])
 """Names of states by the class and field that hold them."""
@@ -544,6 +554,12 @@ def with_changes(opt: Optimizer, node: Any, label: str, change: Callable[[str, s
         elif field in kinds.get(kind, {}):
             key = kinds[kind][field]
             leaves, structure = tree.tree_flatten_with_path(value)
+            if key in opt._numbers and [path for path, _ in leaves] == [()]:  # one for all arrays
+                changed = [change(own, key, name, value) for name in opt._names]
+                if any(number != changed[0] for number in changed):
+                    raise ValueError(f"{own}: expected the same {key} of all arrays, got {[float(x) for x in changed]}")
+                new[field] = changed[0] if changed else value
+                continue
             named = [(tree.keystr(path, simple=True, separator=".") or "0", leaf) for path, leaf in leaves]
             new[field] = structure.unflatten([change(own, key, name, leaf) for name, leaf in named])
     return node._replace(**new)
@@ -585,8 +601,8 @@ def initial_states(part: Part, param: Array) -> dict[str, Array]:
     rule, hyper = part
     dtype = reference.compute_dtype(param.dtype)
     states = {name: (shape_of(name, param.shape), rule._initial_state(name, hyper)) for name in rule._states(hyper)}
-    arrays = {name: np.full(shape, fill, dtype) for name, (shape, fill) in states.items()}
-    return arrays | dict.fromkeys(rule._numbers, NUMBER)
+    arrays = {name: np.full(shape, param if fill is None else fill, dtype) for name, (shape, fill) in states.items()}
+    return arrays | {name: np.full_like(NUMBER, rule._initial_state(name, hyper)) for name in rule._numbers}
 
 
 def exported(opt: Optimizer) -> tuple[int, list[dict[str, Any]], Arrays]:

@@ -153,6 +153,8 @@ class Optimizer:
     _non_negative_states: ClassVar[tuple[str, ...]] = ()
     _direction: ClassVar[Callable[..., Array] | None] = None
     """Of rules with steps along what is made of the whole array: how it is; kernels have it after their states."""
+    _of_all: ClassVar[Callable[..., None] | None] = None
+    """Of rules with steps that depend on sums over all arrays: that of one among them, given what makes these sums."""
     _has_others: ClassVar[bool] = False
     """Whether parameters for which `_is_own` is false, those that are no matrices, are left to `_others`."""
     _is_scaled: ClassVar[bool] = False
@@ -172,7 +174,7 @@ class Optimizer:
         return ()
 
     _numbers: ClassVar[tuple[str, ...]] = ()
-    """Names of the numbers that a rule keeps for each array, likewise after the states; they start from 0."""
+    """Names of the numbers that a rule keeps for each array, likewise after the states."""
 
     @classmethod
     def _kernel_name(cls, states: tuple[str, ...], hyper: Mapping[str, Any]) -> str:
@@ -203,7 +205,7 @@ class Optimizer:
         rule, hyper = part
         states = rule._states(hyper)
         needs = [Need(name, self._state_type(name, part), rule._initial_state(name, hyper)) for name in states]
-        needs += [Need(name, "number") for name in rule._numbers]
+        needs += [Need(name, "number", rule._initial_state(name, hyper)) for name in rule._numbers]
         residual = RESIDUALS[self.low_precision]
         if residual is not None:
             needs.append(residual)
@@ -221,7 +223,7 @@ class Optimizer:
 
     @staticmethod
     def _initial_state(name: str, hyper: Mapping[str, Any]) -> float | None:
-        """What a state array is filled with at first; None for the parameter's values."""
+        """What a state array is filled with at first, None for the parameter's values; or what a number is."""
         return 0.0
 
     @classmethod
@@ -415,7 +417,9 @@ class Optimizer:
             rules: list[Any] = [kernel.name for kernel in kernels]
             plan = _backends.core.Plan(self._params, operands, self._part_of, rules, seed, self.stats)
         else:
-            rules = [(kernel.rule._rule, kernel.states + kernel.numbers) for kernel in kernels]
+            rules = [
+                _backends.Rule(kernel.rule._rule, kernel.states + kernel.numbers, kernel.rule._of_all) for kernel in kernels
+            ]
             plan = _backends.ReferencePlan(self._params, operands, self._part_of, rules, seed, self.stats, self._in_c_order)
         plan.steps = steps
         if self._plan is not None and self._plan.grads is not None:
@@ -590,7 +594,7 @@ class Optimizer:
         if self.backend == "c":
             plan = _backends.core.Plan(sums, [Operands()] * n, [0] * n, ["sgd"])
         else:
-            plan = _backends.ReferencePlan(sums, [Operands()] * n, [0] * n, [(reference.sgd, ())])
+            plan = _backends.ReferencePlan(sums, [Operands()] * n, [0] * n, [_backends.Rule(reference.sgd, ())])
         plan.set_group(0, {"lr": -1.0, "momentum": 0.0, "dampening": 0.0})  # p - -1 * g
         return plan
 

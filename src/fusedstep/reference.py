@@ -7,14 +7,14 @@ Three conventions make equal bits possible:
 
 * Arithmetic is done in the compute type (float64 for float64 parameters, else float32), in the order written here.
 * Per-step scalars are computed in Python floats (double) and rounded once, when they meet an array.
-* Sums run in double over fixed blocks and lanes, combined pairwise: see :func:`sum_squares`.
+* Sums run in double over fixed blocks and lanes, combined pairwise: see :func:`sum_of`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Array = NDArray[Any]
+
+OverAll = Callable[[float, float], tuple[float, float]]
+"""What makes sums over all arrays of two sums over one."""
 
 __all__ = [
     "adabelief",
@@ -46,6 +49,7 @@ __all__ = [
     "muon",
     "nadam",
     "novograd",
+    "prodigy",
     "radam",
     "rmsprop",
     "rprop",
@@ -845,6 +849,78 @@ def novograd(
         p -= lr * m
 
 
+def prodigy(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    s: Array,
+    p0: Array,
+    d: Array,
+    d_numerator: Array,
+    *,
+    step: int,
+    lr: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    beta3: float | None = None,
+    eps: float = 1e-8,
+    d0: float = 1e-6,
+    d_coef: float = 1.0,
+    use_bias_correction: bool = False,
+    safeguard_warmup: bool = False,
+    **stages: Unpack[Stages],
+) -> None:
+    """Prodigy of an array that is all there is; ``d`` and ``d_numerator`` are numbers; see :class:`fusedstep.Prodigy`."""
+    hyper = dict(lr=lr, betas=betas, beta3=beta3, eps=eps, d0=d0, d_coef=d_coef)
+    hyper |= dict(use_bias_correction=use_bias_correction, safeguard_warmup=safeguard_warmup)
+    states = exp_avg, exp_avg_sq, s, p0, d, d_numerator
+    prodigy_of_all(lambda *own: own, param, grad, *states, step=step, **hyper, **stages)  # type: ignore[arg-type]
+
+
+def prodigy_of_all(
+    over_all: OverAll,
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    s: Array,
+    p0: Array,
+    d: Array,
+    d_numerator: Array,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    beta3: float | None,
+    eps: float,
+    d0: float,
+    d_coef: float,
+    use_bias_correction: bool,
+    safeguard_warmup: bool,
+    **stages: Unpack[Stages],
+) -> None:
+    """:func:`prodigy` of one array among all of which ``over_all`` has the sums."""
+    beta1, beta2 = betas
+    beta3 = math.sqrt(beta2) if beta3 is None else beta3
+    correction = math.sqrt(1 - beta2**step) / (1 - beta1**step) if use_bias_correction else 1.0
+    weight_decay = rule_decay(stages)
+    before = float(d)
+    dlr = before * (lr * correction)
+    rate = before / d0 * dlr
+    s_rate = before / d0 * before if safeguard_warmup else rate
+    with operands(param, grad, exp_avg, exp_avg_sq, s, p0, lr=lr, **stages) as (p, g, m, v, along, start):
+        scaled = before * g
+        m[:] = beta1 * m + (1 - beta1) * scaled
+        v[:] = beta2 * v + (1 - beta2) * scaled * scaled
+        along[:] = beta3 * along + s_rate * g
+        numerator, denominator = over_all(float(sum_of(rate * g * (start - p))), float(sum_of(np.abs(along))))
+        numerator += beta3 * float(d_numerator)
+        estimate = d_coef * numerator / denominator if denominator != 0 else math.nan
+        d[...] = estimate if math.isfinite(estimate) and estimate > before else before
+        d_numerator[...] = numerator
+        p -= dlr * weight_decay * p + dlr * m / (np.sqrt(v) + float(d) * eps)
+
+
 def adamax(
     param: Array,
     grad: Array,
@@ -1168,15 +1244,15 @@ def pairwise_sum(values: Array) -> Any:
     return values[..., 0]
 
 
-def sum_squares(g: Array, scale: float = 1.0) -> Any:
-    """Sum of ``(scale * g)**2`` along the last axis in double: lanes within blocks, folded in halves, blocks pairwise."""
-    *others, n = g.shape
+def sum_of(x: Array) -> Any:
+    """Sum along the last axis in double: lanes within blocks, folded in halves, blocks pairwise."""
+    *others, n = x.shape
     block = BLOCK if n > BLOCK else -(-n // LANES) * LANES  # a short one counts as filled up with zeros
     n_blocks = -(-n // BLOCK)
     with np.errstate(all="ignore"):
         padded = np.zeros([*others, n_blocks * block])
-        padded[..., :n] = g.astype(np.float64) * scale
-        rows = (padded * padded).reshape(*others, n_blocks, block // LANES, LANES)
+        padded[..., :n] = x
+        rows = padded.reshape(*others, n_blocks, block // LANES, LANES)
         lanes = np.zeros([*others, n_blocks, LANES])
         for k in range(block // LANES):
             lanes += rows[..., k, :]
@@ -1186,8 +1262,15 @@ def sum_squares(g: Array, scale: float = 1.0) -> Any:
         return pairwise_sum(lanes[..., 0])
 
 
+def sum_squares(g: Array, scale: float = 1.0) -> Any:
+    """:func:`sum_of` of ``(scale * g)**2``, computed in double."""
+    with np.errstate(all="ignore"):
+        scaled = g.astype(np.float64) * scale
+        return sum_of(scaled * scaled)
+
+
 def sum_squares_of_columns(matrices: Array) -> Array:
-    """The same along the last but one axis: in order within CHUNK rows, these pairwise."""
+    """Sum of squares along the last but one axis, in double: in order within CHUNK rows, these pairwise."""
     *others, n, n_columns = matrices.shape
     n_chunks = -(-n // CHUNK)
     with np.errstate(all="ignore"):

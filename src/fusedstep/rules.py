@@ -53,6 +53,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "NovoGrad",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "Rprop",
@@ -1817,3 +1818,107 @@ class NovoGrad(Optimizer):
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
         return ("exp_avg",)
+
+
+class Prodigy(Optimizer):
+    r"""Prodigy: Adam that finds its learning rate, from how far the gradients have led away from the start.
+
+    .. math::
+
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) d_{t-1} g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) (d_{t-1} g_t)^2 \\
+        s_t &= \beta_3 s_{t-1} + \frac{d_{t-1}}{d_0} \gamma_t g_t, \qquad
+               r_t = \beta_3 r_{t-1} + \frac{d_{t-1}}{d_0} \sum \gamma_t g_t (p_0 - p_{t-1}) \\
+        d_t &= \max\left(d_{t-1}, c \frac{r_t}{\sum |s_t|}\right) \\
+        p_t &= p_{t-1} - \gamma_t \left(\frac{m_t}{\sqrt{v_t} + d_t \epsilon} + \lambda p_{t-1}\right), \qquad
+               \gamma_t = d_{t-1} \gamma
+
+    where sums go over all elements of all arrays, and :math:`p_0` is where they started.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or sequence of groups
+        See :class:`Optimizer`, as for all further keyword options. The state ``p0`` starts from their present values.
+    lr : float
+        :math:`\gamma`, which the learning rate found is multiplied by: 1, or a schedule that goes from there to 0. Groups
+        may have their own; but they should have the same :math:`\beta`, `d0` and `d_coef`.
+    betas : pair of float
+        :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
+    beta3 : float, optional
+        :math:`\beta_3`, of the state ``s``; the root of :math:`\beta_2` by default.
+    eps : float
+        :math:`\epsilon`, outside the root.
+    d0 : float
+        What :math:`d` starts from, above 0: less than any learning rate that may be found.
+    d_coef : float
+        :math:`c`, above 0, to have larger or smaller learning rates found.
+    use_bias_correction : bool
+        Multiply :math:`\gamma_t` by Adam's :math:`\sqrt{1 - \beta_2^t} / (1 - \beta_1^t)`; always in optax.
+    safeguard_warmup : bool
+        Have :math:`d_{t-1}` in place of :math:`\gamma_t` in :math:`s`, for warm-ups of `lr`.
+
+    Notes
+    -----
+    ``opt.state[name]["d"]`` is the learning rate found, a number that is the same for all arrays, and ``d_numerator`` is
+    :math:`r`. :math:`d` stays where the quotient is no finite number. Gradients are those after clipping and all else that
+    comes before the rule. ``weight_decay``, :math:`\lambda`, is part of the step, the authors' ``decouple=True``, unless
+    another kind is asked for: that knows `lr` alone. There is no ``growth_rate``. In optax `d0` and `d_coef` are
+    ``estim_lr0`` and ``estim_lr_coef``. A step reads everything twice. With parameters of 16 bits, `low_precision` should be
+    other than "nearest": that loses steps of the size of `d0`, and :math:`d` is found from what they do.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.Prodigy({"w": w})
+    >>> for _ in range(300):
+    ...     _ = opt.step({"w": w - [3.0, -4.0]})
+    >>> w.round(5), float(opt.state["w"]["d"].round(5))
+    (array([ 3., -4.]), 1.53037)
+
+    References
+    ----------
+    Mishchenko and Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner" (2023), and its authors'
+    implementation, ``prodigyopt``; ``optax.contrib.prodigy``.
+    """
+
+    _rule = staticmethod(reference.prodigy)
+    _of_all = staticmethod(reference.prodigy_of_all)
+    _numbers = ("d", "d_numerator")
+    _non_negative_states = ("exp_avg_sq",)
+    _is_scaled = True
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}, "optax": {"use_bias_correction": True}}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1.0,
+        *,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        beta3: Hyper | None = None,
+        eps: Hyper = 1e-8,
+        d0: Hyper = 1e-6,
+        d_coef: Hyper = 1.0,
+        use_bias_correction: bool = False,
+        safeguard_warmup: bool = False,
+        **options: Unpack[_hyper.Options],
+    ) -> None:
+        hyper = dict(lr=lr, betas=betas, beta3=beta3, eps=eps, d0=d0, d_coef=d_coef)
+        hyper |= dict(use_bias_correction=use_bias_correction, safeguard_warmup=safeguard_warmup)
+        super().__init__(params, hyper, options)
+
+    @staticmethod
+    def _check_hyper(values: Mapping[str, Any]) -> None:
+        _hyper.check_only("use_bias_correction", values, True, "torch")
+
+    @staticmethod
+    def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", "s", "p0")
+
+    @staticmethod
+    def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        # The parameter is subtracted from it.
+        return ("p0",)
+
+    @staticmethod
+    def _initial_state(name: str, hyper: Mapping[str, Any]) -> float | None:
+        return None if name == "p0" else float(hyper["d0"]) if name == "d" else 0.0
