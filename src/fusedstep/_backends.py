@@ -57,7 +57,7 @@ class ReferencePlan:
         params: list[Array],
         operands: list[Operands],
         groups: list[int],
-        rules: list[Rule],
+        rules: list[Any],  # Rule, or None for a plan that only measures or clips
         seed: int = 0,
         has_stats: bool = False,
         in_c_order: bool = False,
