@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import SETTINGS, setting_id, snapshot
+from conftest import SETTINGS, assert_same_bits, setting_id, snapshot
 from test_conventions import KERAS, OPTAX, problem
 
 import fusedstep as fs
@@ -875,6 +875,17 @@ def test_numbers_that_optax_has_once():
 
 
 # ---- What all have in common --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
+def test_initial_states(entry, settings, rng):
+    """Those of an optimizer that has taken no step."""
+    param = rng.standard_normal((3, 4)).astype(np.float32)
+    opt = entry.optimizer({"w": param}, **settings)
+    part = opt._parts(opt._resolve(opt.param_groups, 0))[opt._part_of[0]]
+    found = interop.initial_states(part, param)
+    assert list(found) == list(opt.state["w"])
+    assert_same_bits(list(found.values()), list(opt.state["w"].values()))
 
 
 @pytest.mark.parametrize(

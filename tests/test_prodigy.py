@@ -94,15 +94,26 @@ def test_stays_without_gradients(backend):
 
 
 @backends
-@pytest.mark.parametrize("bad", [1e300, np.inf, np.nan])
-def test_stays_where_it_would_not_be_finite(backend, bad):
-    """Of the sums: in the second step, when the parameter has moved."""
+@pytest.mark.parametrize(("bad", "lr"), [(1e308, 1.0), (1e300, 1e10), (np.inf, 1.0), (np.nan, 1.0)])
+def test_stays_where_it_would_not_be_finite(backend, bad, lr):
+    """In the second step, when the parameter has moved, the numerator alone overflows, or both sums, or they are nan."""
     p = np.zeros(2)
-    opt = fs.Prodigy({"p": p}, d0=1.0, lr=1e10, nonfinite="propagate", backend=backend)
+    opt = fs.Prodigy({"p": p}, d0=1.0, lr=lr, nonfinite="propagate", backend=backend)
     for g in (1.0, bad, 1.0):
         opt.step({"p": np.array([g, 1.0])})
     assert not np.isfinite(opt.state["p"]["d_numerator"])
     assert opt.state["p"]["d"] == 1.0
+
+
+@backends
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_start_is_exact(backend, state_dtype, rng):
+    params = {"w": rng.standard_normal(300).astype(np.float32)}
+    start = params["w"].copy()
+    opt = fs.Prodigy(params, state_dtype=state_dtype, backend=backend)
+    take(opt, params, 3)
+    assert_same_bits([opt.state["w"]["p0"]], [start])
+    assert opt.state["w"]["s"].dtype == state_dtype
 
 
 @pytest.mark.usefixtures("all_threads")
