@@ -921,24 +921,28 @@ void test_units(void)
 
 /* ---- Factored variance ---- */
 
-/* Adafactor as its paper has it, in wide doubles, of matrices of which chunks, blocks and runs end somewhere. */
+/* Adafactor as its paper has it, in wide doubles, of matrices of which chunks, blocks and runs end somewhere; and with all
+ * of the variance. */
 void test_factored(void)
 {
     enum { LARGEST = 2 * 70 * 2060, STEPS = 3 };
-    static const ptrdiff_t shapes[][3] = {{1, 1, 1},     {2, 3, 5},    {1, 70, 2060}, {3, 33, 31},
-                                          {2, 64, 1024}, {1, 700, 3}, {2, 0, 3}};
+    static const ptrdiff_t shapes[][3] = {{1, 1, 1},     {2, 3, 5},   {1, 70, 2060}, {3, 33, 31}, {2, 5, 1500},
+                                          {2, 64, 1024}, {1, 700, 3}, {1, 40, 100},  {2, 0, 3}};
     static const struct { double hyper[FS_MAX_HYPER], grad_scale; } cases[] = {
-        {{0.5, -0.75, 1e-3, 0.25, 1.5, FS_TORCH, 0.125}, 2.0},
+        {{0.75, -0.75, 1e-3, 0.25, 1.5, FS_TORCH, 0.125}, 2.0},
+        {{0.25, -0.75, 0.75, 0.25, 1.5, FS_TORCH, 0.0}, 1.0},
         {{0.25, -0.5, 0.125, 1e-3, 1.0, FS_KERAS, 0.0}, 1.0},
         {{0.25, -0.5, NAN, 1e-3, 1.0, FS_TORCH, 0.0}, 1.0},
     };
-    static double param[LARGEST], grad[LARGEST], rows[LARGEST], columns[LARGEST];
-    static wide expected[LARGEST], row[LARGEST], column[LARGEST], direction[LARGEST];
+    static double param[LARGEST], grad[LARGEST], rows[LARGEST], columns[LARGEST], all[LARGEST];
+    static wide expected[LARGEST], row[LARGEST], column[LARGEST], variance[LARGEST], direction[LARGEST];
     random_state = 1;
     for (size_t s = 0; s < LENGTH(shapes); s++)
         for (size_t c = 0; c < LENGTH(cases); c++)
-            for (int n_threads = 1; n_threads <= 3; n_threads += 2) {
-                CONTEXT("shape %zu, case %zu, %d threads", s, c, n_threads);
+            for (int kind = 0; kind < 4; kind++) {
+                const bool is_factored = kind % 2;
+                const int n_threads = kind < 2 ? 1 : 3;
+                CONTEXT("shape %zu, case %zu, factored %d, %d threads", s, c, is_factored, n_threads);
                 const double *h = cases[c].hyper;
                 const size_t n = (size_t)shapes[s][0], n_rows = (size_t)shapes[s][1], n_columns = (size_t)shapes[s][2];
                 const size_t size = n * n_rows * n_columns;
@@ -949,14 +953,18 @@ void test_factored(void)
                 CHECK(fs_array_init(array, 3, shapes[s]) == FS_OK);
                 fs_array_set(array, FS_PARAM, param, FS_FLOAT64, true, strides);
                 fs_array_set(array, FS_GRAD, grad, FS_FLOAT64, true, strides);
-                fs_array_set_factors(array, rows, columns);
+                if (is_factored)
+                    fs_array_set_factors(array, rows, columns);
+                else
+                    fs_array_set(array, FS_STATE, all, FS_FLOAT64, true, strides);
                 CHECK(fs_plan_finish(plan) == FS_OK);
-                fs_options options = plain(plan, find_rule("adafactor"));
+                fs_options options = plain(plan, find_rule(is_factored ? "adafactor" : "adafactor_of_vectors"));
                 options.n_threads = n_threads;
                 options.grad_scale = cases[c].grad_scale;
                 memcpy(plan->groups[0].hyper, h, sizeof cases[c].hyper);
                 for (size_t e = 0; e < LARGEST; e++) {
-                    rows[e] = columns[e] = row[e] = column[e] = 0.0;
+                    rows[e] = columns[e] = all[e] = 0.0;
+                    row[e] = column[e] = variance[e] = 0.0;
                     expected[e] = param[e] = random_signed();
                 }
                 for (int t = 1; t <= STEPS; t++) {
@@ -979,8 +987,10 @@ void test_factored(void)
                         for (size_t r = 0; r < n_rows; r++)
                             mean += row[m * n_rows + r] / n_rows;
                         for (size_t e = m * n_rows * n_columns; e < (m + 1) * n_rows * n_columns; e++) {
-                            const wide v = row[e / n_columns] * column[m * n_columns + e % n_columns] / fmaxl(mean, least);
-                            direction[e] = grad[e] / cases[c].grad_scale / fmaxl(sqrtl(v), least);
+                            const wide g = grad[e] / cases[c].grad_scale, product = row[e / n_columns] / fmaxl(mean, least);
+                            variance[e] += weight * (g * g + inside - variance[e]);
+                            const wide v = is_factored ? product * column[m * n_columns + e % n_columns] : variance[e];
+                            direction[e] = g / fmaxl(sqrtl(v), least);
                             param_squares += expected[e] * expected[e];
                             direction_squares += direction[e] * direction[e];
                         }
@@ -992,9 +1002,11 @@ void test_factored(void)
                     CHECK(take_step(plan, options).applied);
                 }
                 for (size_t e = 0; e < LARGEST; e++) {
+                    const bool is_used = is_factored && size > 0;
                     CHECK(e >= size || fabsl(param[e] - expected[e]) < 1e-13);
-                    CHECK(e < n * n_rows && size > 0 ? fabsl(rows[e] - row[e]) < 1e-14 : rows[e] == 0.0);
-                    CHECK(e < n * n_columns && size > 0 ? fabsl(columns[e] - column[e]) < 1e-14 : columns[e] == 0.0);
+                    CHECK(is_factored || e >= size ? all[e] == 0.0 : fabsl(all[e] - variance[e]) < 1e-14);
+                    CHECK(e < n * n_rows && is_used ? fabsl(rows[e] - row[e]) < 1e-14 : rows[e] == 0.0);
+                    CHECK(e < n * n_columns && is_used ? fabsl(columns[e] - column[e]) < 1e-14 : columns[e] == 0.0);
                 }
                 fs_plan_free(plan);
             }
