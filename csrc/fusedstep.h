@@ -141,9 +141,10 @@ typedef struct {
     double clip_adaptive;          /* of arrays with units: limit of the norm of a gradient to that of its parameter, */
     double max_norm;               /* and limit of the norm of a parameter; infinities for none */
     double average_weight;         /* of the new parameter in its average, where there is one */
+    bool average_copies_first;     /* the first step: then it is 1 */
     /* Computed by the step. */
     double coefs[FS_MAX_COEFS];
-    double decay, decay_after;
+    double decay, decay_after, average_now;
     bool is_scaled;                /* by what is known of whole arrays: coefficients are each array's own */
 } fs_group;
 

@@ -169,7 +169,7 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
         if (w->average) {
             at[FS_PARAM] = fs_load_in_memory_order(w->k, array, FS_PARAM, start, count, copy[FS_PARAM]);    /* rounded */
             at[FS_AVERAGE] = fs_load_in_memory_order(w->k, array, FS_AVERAGE, start, count, copy[FS_AVERAGE]);
-            w->k->average(count, at[FS_AVERAGE], at[FS_PARAM], w->group->average_weight);
+            w->k->average(count, at[FS_AVERAGE], at[FS_PARAM], w->group->average_now);
             fs_store_in_memory_order(w->k, array, FS_AVERAGE, start, count, at[FS_AVERAGE], NULL);
             fetch_some(&ahead);
         }

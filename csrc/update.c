@@ -35,7 +35,7 @@ static void update_tile(const fs_work *w, const fs_array *array, size_t t, char 
         const fs_rows average = fs_bring(w->k, array, FS_AVERAGE, t, copy[FS_AVERAGE]);
         for (size_t r = 0; r < shape.n_rows; r++)
             w->k->average(shape.n_columns, average.first + (ptrdiff_t)r * average.stride,
-                          param.first + (ptrdiff_t)r * param.stride, w->group->average_weight);
+                          param.first + (ptrdiff_t)r * param.stride, w->group->average_now);
         fs_take_back(w->k, array, FS_AVERAGE, t, copy[FS_AVERAGE]);
     }
     if (w->clear)
@@ -78,6 +78,8 @@ void fs_update(fs_plan *plan, const fs_options *options)
         group->decay = group->decay_mode == FS_DECOUPLED     ? decoupled
                        : group->decay_mode == FS_INDEPENDENT ? 1.0 - group->weight_decay
                                                              : 1.0;
+        const bool is_copy = group->average_copies_first && plan->step == 1.0 && group->average_weight != 0.0;
+        group->average_now = is_copy ? 1.0 : group->average_weight;
         group->decay_after = group->decay_mode == FS_DECOUPLED_AFTER ? decoupled : 1.0;
     }
     if (any_scaled)

@@ -31,7 +31,7 @@ fs_work fs_work_on(const fs_pass *pass, size_t i)
     w.stage_grad = w.grad_scale != 1.0 || w.zero || fs_has_stages(&w.stages);
     w.factor = w.stage_grad ? 1.0 : w.stages.factor;
     w.bound = group->lower > -INFINITY || group->upper < INFINITY;
-    w.average = array->operand[FS_AVERAGE].data != NULL && group->average_weight != 0.0;
+    w.average = array->operand[FS_AVERAGE].data != NULL && group->average_now != 0.0;
     w.clear = pass->options->clear_grads;
     w.n_operands = FS_STATE + fs_rule_states(group->rule);
     return w;

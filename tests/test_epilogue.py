@@ -45,6 +45,23 @@ def test_average_of_torch():
 
 
 @backends
+@pytest.mark.parametrize("ema_decay", [0.9, lambda step: 0.5 + 0.1 * step])
+def test_average_of_keras(keras, backend, ema_decay):
+    """Which begins with a copy of the parameter after the first step."""
+    w = values(dtype=np.float64)
+    opt = fs.SGD(w, lr=0.1, ema_decay=ema_decay, convention="keras", backend=backend)
+    variable, theirs = keras.Variable(w, dtype="float64"), keras.optimizers.SGD(0.1, use_ema=True)
+    theirs.build([variable])
+    for seed in range(4):
+        grad = values(seed=seed, dtype=np.float64)
+        opt.step(grad)
+        theirs.ema_momentum = ema_decay(seed) if callable(ema_decay) else ema_decay
+        theirs.apply([grad], [variable])
+        average = keras.ops.convert_to_numpy(theirs._model_variables_moving_average[0])
+        np.testing.assert_allclose(opt.averages["0"], average, rtol=0, atol=1e-14)
+
+
+@backends
 def test_equal_average_is_the_mean(backend):
     w = values(dtype=np.float64)
     opt = fs.SGD(w, lr=0.1, ema_decay=fs.schedules.equal_average(start=3), backend=backend)

@@ -923,9 +923,11 @@ static void test_after_the_rule(void)
         const trio t = make_trio(storage, LENGTH(sizes), sizes);
         fs_options options = plain(t.plan, find_rule("sgd"));
         plain(t.expected, find_rule("sgd"));
-        for (int turn = 0; turn < 4; turn++) {
+        for (int turn = 0; turn < 7; turn++) {
             const double lower = turn & 1 ? -1.25 : -INFINITY, upper = turn & 2 ? 1.5 : INFINITY;
-            const double weight = turn & 1 ? 1.0 : 0.25;
+            /* In turns 4 and 6 the first step is to copy the parameter, unless averages are not touched; in 5 it is over. */
+            const bool copies_first = turn >= 4;
+            const double given = turn == 6 ? 0.0 : turn < 4 && turn & 1 ? 1.0 : 0.25, weight = turn == 4 ? 1.0 : given;
             CONTEXT("storage %d, turn %d", storage, turn);
             copy_plan(t.plan, t.initial);
             copy_plan(t.expected, t.initial);
@@ -939,7 +941,9 @@ static void test_after_the_rule(void)
             }
             t.plan->groups[0].lower = lower;
             t.plan->groups[0].upper = upper;
-            t.plan->groups[0].average_weight = weight;
+            t.plan->groups[0].average_weight = given;
+            t.plan->groups[0].average_copies_first = copies_first;
+            t.plan->step = turn == 5;
             options.clear_grads = turn == 3;
             take_step(t.plan, options);
             options.clear_grads = false;
@@ -955,6 +959,8 @@ static void test_after_the_rule(void)
                     const bool in_double = operand(t.plan, i, FS_PARAM)->dtype == FS_FLOAT64;
                     const float in_float = (float)old + (float)weight * ((float)param - (float)old);
                     double stored[1];
+                    if (weight == 0.0)
+                        CHECK(new == old);
                     write_item(operand(t.plan, i, FS_AVERAGE)->dtype, (char *)stored,
                                in_double ? old + weight * (param - old) : in_float);
                     CHECK(new == read_item(operand(t.plan, i, FS_AVERAGE)->dtype, (char *)stored));

@@ -209,7 +209,8 @@ class ReferencePlan:
         after = reference.join(new_param, low_precision, new_residual) if residual is not None else new_param.astype(real)
         if average is not None and values["ema_decay"] != 1:
             new_average = average.copy()
-            reference.move_average(new_average, after, values["ema_decay"])
+            is_copy = step == 1 and values["convention"] == "keras"
+            reference.move_average(new_average, after, 0.0 if is_copy else values["ema_decay"])
             changes.append((average, ..., new_average))
         return changes, self._stats(i, before, after) if self.has_stats else None
 

@@ -140,7 +140,7 @@ cdef extern from "fusedstep.h" nogil:
         double *hyper
         double weight_decay, l1, clip_value, clip_norm_per_array, clip_adaptive, max_norm, lower, upper, average_weight
         fs_decay decay_mode
-        bint maximize
+        bint maximize, average_copies_first
 
     ctypedef struct fs_plan:
         size_t n_arrays, n_groups, n_elements
@@ -691,6 +691,7 @@ cdef class Plan:
         group.lower = -INFINITY if bounds is None else bounds[0]
         group.upper = INFINITY if bounds is None else bounds[1]
         group.average_weight = 1.0 - (values.get("ema_decay") or 0.0)
+        group.average_copies_first = values.get("convention") == "keras"
 
     @property
     def steps(self):

@@ -107,6 +107,7 @@ class Optimizer:
         Keep an average of the parameters, ``average += (1 - ema_decay) * (param - average)`` after each update, from their
         present values on, as the state ``average``; see :attr:`averages` and :meth:`averaged`. Where it is 1, averages are
         not touched. ``ema_warmup`` and ``equal_average`` in :mod:`fusedstep.schedules` make averages that forget the start.
+        In "keras" the first step copies the parameter.
     state_dtype : {None, "float32", "bfloat16", "int8"}
         What state is kept in, if not in the compute type: "int8" takes a byte for each element, and 4 for the scale of each
         256 neighbours, as two arrays (``exp_avg`` and ``exp_avg_scale``); "bfloat16" two (and needs ml_dtypes). Each step

@@ -17,6 +17,7 @@ from .works import Work
 
 MIN_ROUNDS = 7
 SECONDS_PER_TIMING = 4e-3
+PAUSE = 0.06  # seconds; XLA's threads spin for 30 to 50 ms
 STEPS_COMPARED = 3
 
 
@@ -101,13 +102,14 @@ def timed(step: Callable[[], object], repeats: int) -> float:
 
 
 def take_turns(ways: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """What takes milliseconds at most is first run untimed in its turn: until the threads of the one before, which may be
-    another runtime's, no longer spin, and its own are awake."""
+    """Each begins with a pause, until the threads of the one before, which may be another runtime's, no longer spin. What
+    takes milliseconds at most then runs once untimed, for its own threads to be awake."""
     repeats = {name: max(1, round(SECONDS_PER_TIMING / max(timed(step, 1), 1e-7))) for name, step in ways.items()}
     found: dict[str, list[float]] = {name: [] for name in ways}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(found[OURS.name]) < MIN_ROUNDS:
         for name, step in ways.items():
+            time.sleep(PAUSE)
             if repeats[name] > 1:
                 timed(step, repeats[name])
             found[name].append(timed(step, repeats[name]))
