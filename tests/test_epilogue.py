@@ -50,7 +50,7 @@ def test_average_of_keras(keras, backend, ema_decay):
     """Which begins with a copy of the parameter after the first step."""
     w = values(dtype=np.float64)
     opt = fs.SGD(w, lr=0.1, ema_decay=ema_decay, convention="keras", backend=backend)
-    variable, theirs = keras.Variable(w, dtype="float64"), keras.optimizers.SGD(0.1, use_ema=True)
+    variable, theirs = keras.Variable(w.copy(), dtype="float64"), keras.optimizers.SGD(0.1, use_ema=True)
     theirs.build([variable])
     for seed in range(4):
         grad = values(seed=seed, dtype=np.float64)
