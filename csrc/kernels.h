@@ -25,13 +25,16 @@ typedef struct {
  * or, for a summed rule, both sums over all arrays. */
 typedef struct { double size, param_norm, direction_norm, sums[2]; } fs_whole;
 
+/* A hyper-parameter, or what stands for it where it is not given, which is a NaN. */
+static inline double or_else(double x, double otherwise) { return x == x ? x : otherwise; }
+
 /* How the means of rows and columns move: by `weight` of the way to those of squared gradients plus `eps`; and the least
  * mean that rows are divided by. A NaN stands for the machine epsilon. */
 typedef struct { double weight, eps, least; } fs_factoring;
 
 static inline double or_epsilon(double eps, size_t item)
 {
-    return eps == eps ? eps : item == sizeof(float) ? 0x1p-23 : 0x1p-52;
+    return or_else(eps, item == sizeof(float) ? 0x1p-23 : 0x1p-52);
 }
 
 /* `real` below is the table's compute type. Runs are contiguous and do not overlap. */

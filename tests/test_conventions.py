@@ -126,15 +126,49 @@ OPTAX = [
     ("RMSprop", {"lr": 0.01, "momentum": 0.9, "eps": 1e-3}, lambda: optax.rmsprop(0.01, momentum=0.9, eps=1e-3)),
     ("RMSprop", {"lr": 0.01, "centered": True, "eps": 1e-3}, lambda: optax.rmsprop(0.01, centered=True, eps=1e-3)),
     ("Adam", {"lr": 0.01, "eps": 0.1}, lambda: optax.adam(0.01, eps=0.1)),
+    ("Adam", {"lr": 0.01, "eps_root": 0.1}, lambda: optax.adam(0.01, eps_root=0.1)),
     ("Adam", {"lr": 0.01, "amsgrad": True}, lambda: optax.amsgrad(0.01)),
+    ("Adam", {"lr": 0.01, "amsgrad": True, "eps_root": 0.1}, lambda: optax.amsgrad(0.01, eps_root=0.1)),
     ("AdamW", {"lr": 0.01}, lambda: optax.adamw(0.01)),
+    ("AdamW", {"lr": 0.01, "eps_root": 0.1, "weight_decay": 0.1}, lambda: optax.adamw(0.01, eps_root=0.1, weight_decay=0.1)),
     ("NAdam", {"lr": 0.01, "betas": (0.5, 0.75), "eps": 0.01}, lambda: optax.nadam(0.01, 0.5, 0.75, 0.01)),
+    ("NAdam", {"lr": 0.01, "eps_root": 0.1}, lambda: optax.nadam(0.01, eps_root=0.1)),
     ("Adamax", {"lr": 0.1, "eps": 0.1}, lambda: optax.adamax(0.1, eps=0.1)),
     ("RAdam", {"lr": 0.1}, lambda: optax.radam(0.1)),
     ("RAdam", {"lr": 0.1, "eps": 0.1, "betas": (0.5, 0.9)}, lambda: optax.radam(0.1, 0.5, 0.9, 0.1)),
+    ("RAdam", {"lr": 0.1, "eps_root": 0.1, "betas": (0.5, 0.9)}, lambda: optax.radam(0.1, 0.5, 0.9, eps_root=0.1)),
+    ("AdaBelief", {"lr": 0.01}, lambda: optax.adabelief(0.01)),
+    (
+        "AdaBelief",
+        {"lr": 0.1, "betas": (0.5, 0.75), "eps": 0.1, "eps_root": 0.01},
+        lambda: optax.adabelief(0.1, 0.5, 0.75, 0.1, 0.01),
+    ),
+    ("Yogi", {"lr": 0.1}, lambda: optax.yogi(0.1)),
+    ("Yogi", {"lr": 0.1, "betas": (0.5, 0.75), "eps": 0.1}, lambda: optax.yogi(0.1, 0.5, 0.75, 0.1)),
+    (
+        "Yogi",
+        {"lr": 0.1, "initial_accumulator_value": 0.5},
+        lambda: optax.chain(optax.scale_by_yogi(initial_accumulator_value=0.5), optax.scale(-0.1)),
+    ),
+    ("Adan", {"lr": 0.01}, lambda: optax.adan(0.01)),
+    (
+        "Adan",
+        {"lr": 0.1, "betas": (0.9, 0.75, 0.5), "eps": 0.1, "eps_root": 0.01, "weight_decay": 0.1},
+        lambda: optax.adan(0.1, 0.9, 0.75, 0.5, 0.1, 0.01, 0.1),
+    ),
+    ("Rprop", {"lr": 0.01}, lambda: optax.rprop(0.01)),
+    (  # with bounds that matter, and a start beyond them
+        "Rprop",
+        {"lr": 0.5, "etas": (0.75, 1.5), "step_sizes": (0.05, 0.2)},
+        lambda: optax.rprop(0.5, 0.75, 1.5, 0.05, 0.2),
+    ),
+    ("Signum", {"lr": 0.01}, lambda: optax.signum(0.01)),
+    ("Signum", {"lr": 0.01, "momentum": 0.5}, lambda: optax.signum(0.01, 0.5)),
+    ("Signum", {"lr": 0.01, "momentum": 0.0}, lambda: optax.sign_sgd(0.01)),
     ("Lion", {"lr": 0.01}, lambda: optax.lion(0.01)),
     ("LAMB", {"lr": 0.1}, lambda: optax.lamb(0.1)),
     ("LAMB", {"lr": 0.1, "weight_decay": 0.2, "eps": 0.1}, lambda: optax.lamb(0.1, weight_decay=0.2, eps=0.1)),
+    ("LAMB", {"lr": 0.1, "eps_root": 0.1}, lambda: optax.lamb(0.1, eps_root=0.1)),
     ("LARS", {"lr": 1.0}, lambda: optax.lars(1.0)),
     (
         "LARS",
@@ -147,6 +181,7 @@ OPTAX = [
         {"lr": 0.1, "betas": (0.75, 0.5), "eps": 0.1, "weight_decay": 0.2},
         lambda: optax.novograd(0.1, b1=0.75, b2=0.5, eps=0.1, weight_decay=0.2),
     ),
+    ("NovoGrad", {"lr": 0.1, "eps_root": 0.1}, lambda: optax.novograd(0.1, eps_root=0.1)),
     ("Prodigy", {"d0": 0.1}, lambda: optax.contrib.prodigy(estim_lr0=0.1)),
     (  # where d grows
         "Prodigy",
@@ -352,11 +387,11 @@ def test_bits(entry, convention, required, dtype, level):
     start, grads = problem()
     start, grads = [p.astype(dtype) for p in start], [[np.asarray(x).astype(dtype) for x in g] for g in grads[:5]]
     n_taken = 0
-    for settings in entry.settings:
+    for settings in [*entry.settings, {"eps_root": 0.1}]:
         options = {**required, "clip_norm": 0.5, **settings, "convention": convention}
         try:
             entry.optimizer(start, **options)
-        except ValueError:  # see test_refusals
+        except (TypeError, ValueError):  # see test_refusals
             continue
         wanted, _ = run(entry.optimizer, [p.copy() for p in start], grads, **options, backend="reference")
         found, _ = run(entry.optimizer, [p.copy() for p in start], grads, **options)
@@ -410,6 +445,16 @@ def test_arguments_given_stay():
             lambda w: fs.Adam(w, amsgrad=True, convention="sklearn"),
             ValueError,
             "amsgrad: expected False for convention='sklearn', got True",
+        ),
+        (
+            lambda w: fs.AdamW(w, eps_root=1e-8, convention="keras"),
+            ValueError,
+            "eps_root: expected None for convention='keras', got 1e-08",
+        ),
+        (
+            lambda w: fs.kernels.adan(w, *(w.copy() for _ in range(5)), step=1, eps_root=0.0),
+            ValueError,
+            "eps_root: expected None for convention='torch', got 0.0",
         ),
         (
             lambda w: fs.kernels.adagrad(w, w.copy(), w.copy(), step=1, convention="thinc"),

@@ -6,17 +6,18 @@
  *
  * Keras, TensorFlow, scikit-learn and Thinc multiply lr by sqrt(1 - beta2^step) and add eps to sqrt(v) as it is.
  *
- * AMSGrad divides by w = max(w, v) in place of v; optax's maximum is of v / (1 - beta2^step). AdamW is Adam with decoupled
+ * AMSGrad divides by w = max(w, v) in place of v; optax's maximum is of v / (1 - beta2^step), and it adds eps_root to this
+ * corrected v, inside the root, if there is one. AdamW is Adam with decoupled
  * decay, which every rule has.
  */
 #ifndef real
 
-typedef struct { double lr, beta1, beta2, eps, convention; } adam_hyper;
-static const char adam_hyper_names[] = "lr beta1 beta2 eps convention";
+typedef struct { double lr, beta1, beta2, eps, convention, eps_root; } adam_hyper;
+static const char adam_hyper_names[] = "lr beta1 beta2 eps convention eps_root";
 
 typedef struct {
-    double one_minus_beta1, beta2, one_minus_beta2, step_size, rsqrt_correction2, eps;
-    double before_max, after_max;    /* of AMSGrad: what v is multiplied by, and its root after that */
+    double one_minus_beta1, beta2, one_minus_beta2, step_size, eps_inside, rsqrt_correction2, eps;
+    double before_max, inside_max, after_max;    /* of AMSGrad: what v is multiplied by; and then as for Adam */
 } adam_coefs;
 
 static void adam_prepare(const adam_hyper *h, double step, adam_coefs *c)
@@ -30,6 +31,8 @@ static void adam_prepare(const adam_hyper *h, double step, adam_coefs *c)
     c->rsqrt_correction2 = corrects_root ? 1.0 / sqrt(correction2) : 1.0;
     c->before_max = h->convention == FS_OPTAX ? 1.0 / correction2 : 1.0;
     c->after_max = h->convention == FS_OPTAX ? 1.0 : c->rsqrt_correction2;
+    c->eps_inside = or_else(h->eps_root, 0.0) * correction2;
+    c->inside_max = h->convention == FS_OPTAX ? or_else(h->eps_root, 0.0) : c->eps_inside;
     c->eps = h->eps;
 }
 
@@ -41,22 +44,22 @@ HELPER(adam_moments)(real g, real *exp_avg, real *exp_avg_sq, const adam_coefs *
     return *exp_avg_sq = (real)c->beta2 * *exp_avg_sq + (real)c->one_minus_beta2 * g * g;
 }
 
-HELPER(adam_change)(real exp_avg, real second_moment, double rsqrt_correction, const adam_coefs *c)
+HELPER(adam_change)(real exp_avg, real second_moment, double inside, double rsqrt_correction, const adam_coefs *c)
 {
-    return (real)c->step_size * exp_avg / (SQRT(second_moment) * (real)rsqrt_correction + (real)c->eps);
+    return (real)c->step_size * exp_avg / (SQRT(second_moment + (real)inside) * (real)rsqrt_correction + (real)c->eps);
 }
 
 RULE(adam)(real *p, real g, real *exp_avg, real *exp_avg_sq, const adam_coefs *c)
 {
     FN(adam_moments)(g, exp_avg, exp_avg_sq, c);
-    *p = *p - FN(adam_change)(*exp_avg, *exp_avg_sq, c->rsqrt_correction2, c);
+    *p = *p - FN(adam_change)(*exp_avg, *exp_avg_sq, c->eps_inside, c->rsqrt_correction2, c);
 }
 
 RULE(adam_amsgrad)(real *p, real g, real *exp_avg, real *exp_avg_sq, real *max_exp_avg_sq, const adam_coefs *c)
 {
     real v = FN(adam_moments)(g, exp_avg, exp_avg_sq, c) * (real)c->before_max;
     *max_exp_avg_sq = *max_exp_avg_sq > v ? *max_exp_avg_sq : v;
-    *p = *p - FN(adam_change)(*exp_avg, *max_exp_avg_sq, c->after_max, c);
+    *p = *p - FN(adam_change)(*exp_avg, *max_exp_avg_sq, c->inside_max, c->after_max, c);
 }
 
 #endif

@@ -4,15 +4,15 @@
  *     d = (m / (1 - beta1^step)) / (sqrt(v) / sqrt(1 - beta2^step) + eps) + weight_decay p
  *     p = p - lr |p| / |d| d      (lr d if either norm is 0)
  *
- * Keras has the decay decoupled.
+ * Keras has the decay decoupled. optax may add an eps_root to v / (1 - beta2^step).
  */
 #ifndef real
 
-typedef struct { double lr, beta1, beta2, eps, weight_decay; } lamb_hyper;
-static const char lamb_hyper_names[] = "lr beta1 beta2 eps weight_decay";
+typedef struct { double lr, beta1, beta2, eps, weight_decay, eps_root; } lamb_hyper;
+static const char lamb_hyper_names[] = "lr beta1 beta2 eps weight_decay eps_root";
 
 typedef struct {
-    double one_minus_beta1, beta2, one_minus_beta2, correction1, rsqrt_correction2, eps, weight_decay, rate;
+    double one_minus_beta1, beta2, one_minus_beta2, correction1, eps_inside, rsqrt_correction2, eps, weight_decay, rate;
 } lamb_coefs;
 
 static void lamb_prepare(const lamb_hyper *h, double step, lamb_coefs *c)
@@ -21,7 +21,9 @@ static void lamb_prepare(const lamb_hyper *h, double step, lamb_coefs *c)
     c->beta2 = h->beta2;
     c->one_minus_beta2 = 1.0 - h->beta2;
     c->correction1 = 1.0 / (1.0 - pow(h->beta1, step));
-    c->rsqrt_correction2 = 1.0 / sqrt(1.0 - pow(h->beta2, step));
+    const double correction2 = 1.0 - pow(h->beta2, step);
+    c->eps_inside = or_else(h->eps_root, 0.0) * correction2;
+    c->rsqrt_correction2 = 1.0 / sqrt(correction2);
     c->eps = h->eps;
     c->weight_decay = h->weight_decay;
 }
@@ -39,8 +41,8 @@ RULE(lamb_direction)(real *p, real g, real *exp_avg, real *exp_avg_sq, const lam
 {
     *exp_avg = *exp_avg + (real)c->one_minus_beta1 * (g - *exp_avg);
     *exp_avg_sq = (real)c->beta2 * *exp_avg_sq + (real)c->one_minus_beta2 * g * g;
-    *p = (real)c->correction1 * *exp_avg / (SQRT(*exp_avg_sq) * (real)c->rsqrt_correction2 + (real)c->eps) +
-         (real)c->weight_decay * *p;
+    real root = SQRT(*exp_avg_sq + (real)c->eps_inside);
+    *p = (real)c->correction1 * *exp_avg / (root * (real)c->rsqrt_correction2 + (real)c->eps) + (real)c->weight_decay * *p;
 }
 
 RULE(lamb)(real *p, real g, real *exp_avg, real *exp_avg_sq, const lamb_coefs *c)

@@ -4,11 +4,13 @@
  *     v = beta2 v + (1 - beta2) |g|^2      (the first step: |g|^2)
  *     m = beta1 m + g / (sqrt(v) + eps) + weight_decay p
  *     p = p - lr m
+ *
+ * optax may add an eps_root to v, inside the root.
  */
 #ifndef real
 
-typedef struct { double lr, beta1, beta2, eps, weight_decay; } novograd_hyper;
-static const char novograd_hyper_names[] = "lr beta1 beta2 eps weight_decay";
+typedef struct { double lr, beta1, beta2, eps, weight_decay, eps_root; } novograd_hyper;
+static const char novograd_hyper_names[] = "lr beta1 beta2 eps weight_decay eps_root";
 
 typedef struct { double lr, beta1, beta2, weight_decay, divisor; } novograd_coefs;
 
@@ -23,7 +25,7 @@ static void novograd_prepare(const novograd_hyper *h, double step, novograd_coef
 static void novograd_scale(const novograd_hyper *h, const fs_whole *whole, double *numbers, novograd_coefs *c)
 {
     numbers[0] = c->beta2 * numbers[0] + (1.0 - c->beta2) * (whole->direction_norm * whole->direction_norm);
-    c->divisor = sqrt(numbers[0]) + h->eps;
+    c->divisor = sqrt(numbers[0] + or_else(h->eps_root, 0.0)) + h->eps;
 }
 
 #else

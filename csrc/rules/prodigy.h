@@ -30,7 +30,7 @@ static void prodigy_prepare(const prodigy_hyper *h, double step, prodigy_coefs *
     c->one_minus_beta1 = 1.0 - h->beta1;
     c->beta2 = h->beta2;
     c->one_minus_beta2 = 1.0 - h->beta2;
-    c->beta3 = isnan(h->beta3) ? sqrt(h->beta2) : h->beta3;
+    c->beta3 = or_else(h->beta3, sqrt(h->beta2));
     c->lr = h->lr;
     if (h->use_bias_correction != 0.0)
         c->lr *= sqrt(1.0 - pow(h->beta2, step)) / (1.0 - pow(h->beta1, step));

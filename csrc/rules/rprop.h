@@ -6,14 +6,15 @@
  *     p = p - sign(g) s
  *     prev = g
  *
- * The product of both gradients would vanish where they are small. lr is what s starts with.
+ * The product of both gradients would vanish where they are small. lr is what s starts with. optax is a step late: prev is
+ * the step it takes the next time, unless the sign changes; and it bounds s only where it grows or shrinks.
  */
 #ifndef real
 
-typedef struct { double lr, eta1, eta2, step_size1, step_size2; } rprop_hyper;
-static const char rprop_hyper_names[] = "lr eta1 eta2 step_size1 step_size2";
+typedef struct { double lr, eta1, eta2, step_size1, step_size2, convention; } rprop_hyper;
+static const char rprop_hyper_names[] = "lr eta1 eta2 step_size1 step_size2 convention";
 
-typedef struct { double shrink, grow, smallest, largest; } rprop_coefs;
+typedef struct { double shrink, grow, smallest, largest, is_late; } rprop_coefs;
 
 static void rprop_prepare(const rprop_hyper *h, double step, rprop_coefs *c)
 {
@@ -22,6 +23,7 @@ static void rprop_prepare(const rprop_hyper *h, double step, rprop_coefs *c)
     c->grow = h->eta2;
     c->smallest = h->step_size1;
     c->largest = h->step_size2;
+    c->is_late = h->convention == FS_OPTAX;
 }
 
 #else
@@ -31,9 +33,11 @@ RULE(rprop)(real *p, real g, real *prev, real *step_size, const rprop_coefs *c)
     const real smallest = (real)c->smallest, largest = (real)c->largest;
     const real direction = FN(sign)(g), same = direction * *prev;
     real s = *step_size * (same > 0 ? (real)c->grow : same < 0 ? (real)c->shrink : 1);
-    *step_size = s < smallest ? smallest : s > largest ? largest : s;
-    *prev = same < 0 ? 0 : g;
-    *p = *p - (same < 0 ? 0 : direction) * *step_size;
+    s = s < smallest ? smallest : s > largest ? largest : s;
+    *step_size = c->is_late != 0 && same == 0 ? *step_size : s;
+    const real step = (same < 0 ? 0 : direction) * *step_size, before = same < 0 ? 0 : *prev;
+    *prev = c->is_late != 0 ? step : same < 0 ? 0 : g;
+    *p = *p - (c->is_late != 0 ? before : step);
 }
 
 #endif

@@ -302,7 +302,7 @@ void use_rule(fs_group *group, int rule)
 {
     static const struct { const char *name; double value; } known[] = {
         {"lr", 0.01}, {"eps", 1e-8}, {"lr_decay", 0.1}, {"momentum", 0.9}, {"dampening", 0.25}, {"rho", 0.9},
-        {"alpha", 0.99}, {"beta1", 0.9}, {"beta2", 0.999}, {"convention", FS_TORCH},
+        {"alpha", 0.99}, {"beta1", 0.9}, {"beta2", 0.999}, {"convention", FS_TORCH}, {"eps_root", 0.0},
     };
     *group = (fs_group){.rule = rule, .clip_value = INFINITY, .clip_norm_per_array = INFINITY,
                         .lower = -INFINITY, .upper = INFINITY, .clip_adaptive = INFINITY, .max_norm = INFINITY};

@@ -123,7 +123,7 @@ static void textbook_adam(wide *p, wide g, wide *s, const double *h, int t)
 {
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
-    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t)) + h[3]);
+    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t) + h[5]) + h[3]);
 }
 
 static void textbook_amsgrad(wide *p, wide g, wide *s, const double *h, int t)
@@ -131,7 +131,7 @@ static void textbook_amsgrad(wide *p, wide g, wide *s, const double *h, int t)
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
     s[2] = fmaxl(s[2], s[1]);
-    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[2], h[2], t)) + h[3]);
+    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[2], h[2], t) + h[5]) + h[3]);
 }
 
 static void textbook_adamax(wide *p, wide g, wide *s, const double *h, int t)
@@ -148,8 +148,8 @@ static void textbook_radam(wide *p, wide g, wide *s, const double *h, int t)
     const wide r = sqrtl((rho_t - 4) * (rho_t - 2) * rho / ((rho - 4) * (rho - 2) * rho_t));
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
-    const wide on_root = h[4] == FS_OPTAX ? sqrtl(1 - power) : 1;
-    const wide rectified = r * sqrtl(1 - power) / on_root / (sqrtl(s[1]) / on_root + h[3]);
+    const wide on_root = h[4] == FS_OPTAX ? sqrtl(1 - power) : 1, root = sqrtl(s[1] + h[5] * (1 - power));
+    const wide rectified = r * sqrtl(1 - power) / on_root / (root / on_root + h[3]);
     *p -= h[0] * corrected(s[0], h[1], t) * (rho_t > 5 ? rectified : 1);
 }
 
@@ -178,7 +178,7 @@ static void textbook_signum(wide *p, wide g, wide *s, const double *h, int t)
 static void textbook_adabelief(wide *p, wide g, wide *s, const double *h, int t)
 {
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
-    s[1] = h[2] * s[1] + (1 - (wide)h[2]) * (g - s[0]) * (g - s[0]) + h[3];
+    s[1] = h[2] * s[1] + (1 - (wide)h[2]) * (g - s[0]) * (g - s[0]) + (isnan(h[4]) ? h[3] : h[4]);
     *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t)) + h[3]);
 }
 
@@ -196,6 +196,16 @@ static void textbook_rprop(wide *p, wide g, wide *s, const double *h, int t)
     s[1] = fminl(fmaxl(s[1] * (same > 0 ? h[2] : same < 0 ? h[1] : 1), h[3]), h[4]);
     s[0] = same < 0 ? 0 : g;
     *p -= sign(s[0]) * s[1];
+}
+
+/* With the step that is still to be taken in place of the gradient. */
+static void textbook_late_rprop(wide *p, wide g, wide *s, const double *h, int t)
+{
+    const wide same = sign(g * s[0]);
+    (void)t;
+    *p -= same < 0 ? 0 : s[0];
+    s[1] = same == 0 ? s[1] : fminl(fmaxl(s[1] * (same > 0 ? h[2] : h[1]), h[3]), h[4]);
+    s[0] = same < 0 ? 0 : sign(g) * s[1];
 }
 
 static void textbook_asgd(wide *p, wide g, wide *s, const double *h, int t)
@@ -216,12 +226,13 @@ static void textbook_ftrl(wide *p, wide g, wide *s, const double *h, int t)
 
 static void textbook_adan(wide *p, wide g, wide *s, const double *h, int t)
 {
-    const wide diff = t == 1 ? 0 : g - s[3], ahead = g + h[2] * diff;
+    const wide weight = h[5] == FS_OPTAX ? 1 - (wide)h[2] : h[2], diff = t == 1 ? 0 : g - s[3], ahead = g + weight * diff;
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * diff;
     s[2] = h[3] * s[2] + (1 - (wide)h[3]) * ahead * ahead;
     s[3] = g;
-    *p -= h[0] * (corrected(s[0], h[1], t) + h[2] * corrected(s[1], h[2], t)) / (sqrtl(corrected(s[2], h[3], t)) + h[4]);
+    const wide root = sqrtl(corrected(s[2], h[3], t) + h[6]);
+    *p -= h[0] * (corrected(s[0], h[1], t) + weight * corrected(s[1], h[2], t)) / (root + h[4]);
 }
 
 static wide nadam_mu(const double *h, int t) { return h[1] * (1 - powl(0.96L, t * (wide)h[4]) / 2); }
@@ -239,7 +250,7 @@ static void textbook_nadam(wide *p, wide g, wide *s, const double *h, int t)
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
     const wide direction = (1 - mu) * g / (1 - product) + next_mu * s[0] / (1 - product * next_mu);
-    *p -= h[0] * direction / (sqrtl(corrected(s[1], h[2], t)) + h[3]);
+    *p -= h[0] * direction / (sqrtl(corrected(s[1], h[2], t) + h[6]) + h[3]);
 }
 
 /* With the average x of z in place of what is done to y without it. */
@@ -280,24 +291,30 @@ static void test_textbook(void)
         {"rmsprop_centered", "lr alpha eps momentum convention", {0.01, 0.9, 1e-3, 0.9}, textbook_rmsprop_centered},
         {"rmsprop_centered_momentum", "lr alpha eps momentum convention", {0.01, 0.99, 1e-8, 0.9},
          textbook_rmsprop_centered_momentum},
-        {"adam", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.999, 1e-3}, textbook_adam},
-        {"adam_amsgrad", "lr beta1 beta2 eps convention", {0.01, 0.8, 0.5, 1e-3}, textbook_amsgrad},
+        {"adam", "lr beta1 beta2 eps convention eps_root", {0.01, 0.9, 0.999, 1e-3}, textbook_adam},
+        {"adam_amsgrad", "lr beta1 beta2 eps convention eps_root", {0.01, 0.8, 0.5, 1e-3}, textbook_amsgrad},
         {"adamax", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.5, 1e-3}, textbook_adamax},
         {"lion", "lr beta1 beta2", {0.01, 0.5, 0.75}, textbook_lion},
         {"signsgd", "lr momentum", {0.01, 0.0}, textbook_signsgd},
         {"signum", "lr momentum", {0.01, 0.75}, textbook_signum},
-        {"adabelief", "lr beta1 beta2 eps", {0.01, 0.9, 0.99, 1e-3}, textbook_adabelief},
+        {"adabelief", "lr beta1 beta2 eps eps_root", {0.01, 0.9, 0.99, 1e-3, NAN}, textbook_adabelief},
+        {"adabelief", "lr beta1 beta2 eps eps_root", {0.01, 0.9, 0.99, 1e-3, 0.125}, textbook_adabelief},
         {"yogi", "lr beta1 beta2 eps", {0.01, 0.9, 0.75, 1e-3}, textbook_yogi},
-        {"rprop", "lr eta1 eta2 step_size1 step_size2", {0.01, 0.5, 1.25, 0.01, 0.1}, textbook_rprop},
+        {"rprop", "lr eta1 eta2 step_size1 step_size2 convention", {0.01, 0.5, 1.25, 0.01, 0.1}, textbook_rprop},
+        {"rprop", "lr eta1 eta2 step_size1 step_size2 convention", {0.01, 0.5, 1.25, 0.01, 0.1, FS_OPTAX},
+         textbook_late_rprop},
         {"asgd", "lr lambd alpha t0", {0.1, 0.5, 0.75, 4.5}, textbook_asgd},
         {"ftrl", "lr beta l1_regularization_strength l2_regularization_strength", {0.1, 0.5, 0.25, 0.125}, textbook_ftrl},
         {"ftrl", "lr beta l1_regularization_strength l2_regularization_strength", {0.1, 0.0, 0.25, 0.0}, textbook_ftrl},
-        {"adan", "lr beta1 beta2 beta3 eps", {0.01, 0.9, 0.75, 0.99, 1e-3}, textbook_adan},
-        {"radam", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.9, 1e-3}, textbook_radam},
-        {"radam", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.9, 1e-3, FS_OPTAX}, textbook_radam},
-        {"radam", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.9, 1e-3, FS_THINC}, textbook_radam},
-        {"nadam", "lr beta1 beta2 eps momentum_decay convention", {0.01, 0.9, 0.75, 1e-3, 0.5}, textbook_nadam},
-        {"nadam", "lr beta1 beta2 eps momentum_decay convention", {0.01, 0.9, 0.75, 1e-3, 0.5, FS_OPTAX}, textbook_nadam},
+        {"adan", "lr beta1 beta2 beta3 eps convention eps_root", {0.01, 0.9, 0.75, 0.99, 1e-3}, textbook_adan},
+        {"adan", "lr beta1 beta2 beta3 eps convention eps_root", {0.01, 0.9, 0.75, 0.99, 1e-3, FS_OPTAX, 0.125},
+         textbook_adan},
+        {"radam", "lr beta1 beta2 eps convention eps_root", {0.01, 0.9, 0.9, 1e-3}, textbook_radam},
+        {"radam", "lr beta1 beta2 eps convention eps_root", {0.01, 0.9, 0.9, 1e-3, FS_OPTAX, 0.125}, textbook_radam},
+        {"radam", "lr beta1 beta2 eps convention eps_root", {0.01, 0.9, 0.9, 1e-3, FS_THINC}, textbook_radam},
+        {"nadam", "lr beta1 beta2 eps momentum_decay convention eps_root", {0.01, 0.9, 0.75, 1e-3, 0.5}, textbook_nadam},
+        {"nadam", "lr beta1 beta2 eps momentum_decay convention eps_root", {0.01, 0.9, 0.75, 1e-3, 0.5, FS_OPTAX, 0.125},
+         textbook_nadam},
         {"schedule_free_sgd", "lr momentum r weight_lr_power", {0.1, 0.75, 0.5, 2.0}, textbook_schedule_free_sgd},
         {"schedule_free_adamw", "lr beta1 beta2 eps weight_decay r weight_lr_power",
          {0.01, 0.75, 0.99, 1e-3, 0.25, 1.0, 2.0}, textbook_schedule_free_adamw},
@@ -313,11 +330,14 @@ static void test_textbook(void)
             const fs_options options = plain(plan, rule);
             CHECK(strcmp(fs_rule_hyper_names(rule), cases[c].hyper_names) == 0);
             memcpy(plan->groups[0].hyper, cases[c].hyper, sizeof cases[c].hyper);
-            /* From zero, so that errors are seen relative to the change. */
-            wide expected[SIZE] = {0}, states[SIZE][FS_MAX_STATES] = {{0}};
+            /* From zero, so that errors are seen relative to the change; but steps of Rprop grow from what is there. */
+            const double start = cases[c].textbook == textbook_late_rprop ? 0.05 : 0.0;
+            wide expected[SIZE] = {0}, states[SIZE][FS_MAX_STATES];
             for (int o = 0; o < FS_RESIDUAL; o++)
-                if (o != FS_GRAD)
-                    memset(operand(plan, 0, o)->data, 0, operand_bytes(plan, 0, o));
+                for (size_t e = 0; o != FS_GRAD && e < size; e++)
+                    set(plan, 0, o, e, o < FS_STATE ? 0.0 : start);
+            for (size_t i = 0; i < SIZE * FS_MAX_STATES; i++)
+                states[i / FS_MAX_STATES][i % FS_MAX_STATES] = start;
             for (int n = 0; n < FS_MAX_NUMBERS; n++)
                 memset(plan->arrays[0].number[n], 0, sizeof(double));
             for (int t = 1; t <= STEPS; t++) {
@@ -345,7 +365,7 @@ static wide lamb_direction(wide p, wide g, wide *s, const double *h, int t)
 {
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
-    return corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t)) + h[3]) + h[4] * p;
+    return corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t) + h[5]) + h[3]) + h[4] * p;
 }
 
 static wide lars_direction(wide p, wide g, wide *s, const double *h, int t)
@@ -378,7 +398,7 @@ static wide novograd_rate(wide param_norm, wide direction_norm, wide *number, co
     const wide square = direction_norm * direction_norm;
     (void)param_norm;
     *number = t == 1 ? square : h[2] * *number + (1 - (wide)h[2]) * square;
-    return 1 / (sqrtl(*number) + h[3]);
+    return 1 / (sqrtl(*number + h[5]) + h[3]);
 }
 
 static void lamb_move(wide *p, wide step, wide *s, const double *h)
@@ -416,10 +436,10 @@ static void test_scaled(void)
         wide (*rate)(wide param_norm, wide direction_norm, wide *number, const double *h, int t);
         void (*move)(wide *p, wide step, wide *s, const double *h);
     } cases[] = {
-        {"lamb", {0.05, 0.9, 0.75, 1e-3, 0.25}, lamb_direction, lamb_rate, lamb_move},
+        {"lamb", {0.05, 0.9, 0.75, 1e-3, 0.25, 0.125}, lamb_direction, lamb_rate, lamb_move},
         {"lars", {0.5, 0.75, 0.125, 0.5, 0.25}, lars_direction, lars_rate, lars_move},
         {"lars_nesterov", {0.5, 0.75, 0.125, 0.5, 0.25}, lars_direction, lars_rate, lars_nesterov_move},
-        {"novograd", {0.125, 0.75, 0.5, 1e-3, 0.25}, novograd_direction, novograd_rate, novograd_move},
+        {"novograd", {0.125, 0.75, 0.5, 1e-3, 0.25, 0.125}, novograd_direction, novograd_rate, novograd_move},
     };
     enum { N_ARRAYS = 3, LARGEST = 3001, STEPS = 4 };
     static const size_t sizes[N_ARRAYS] = {5, LARGEST, 1024};
@@ -670,7 +690,7 @@ static void convention_adam(wide *p, wide g, wide *s, const double *h, int t)
     const wide with_lr = convention_correction(h, t);
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
-    *p -= h[0] * with_lr * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t)) * with_lr + h[3]);
+    *p -= h[0] * with_lr * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t) + h[5]) * with_lr + h[3]);
 }
 
 static void convention_amsgrad(wide *p, wide g, wide *s, const double *h, int t)
@@ -681,7 +701,7 @@ static void convention_amsgrad(wide *p, wide g, wide *s, const double *h, int t)
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
     s[2] = fmaxl(s[2], largest_corrected ? corrected(s[1], h[2], t) : s[1]);
     const wide second = largest_corrected ? s[2] : corrected(s[2], h[2], t);
-    *p -= h[0] * with_lr * corrected(s[0], h[1], t) / (sqrtl(second) * with_lr + h[3]);
+    *p -= h[0] * with_lr * corrected(s[0], h[1], t) / (sqrtl(second + h[5]) * with_lr + h[3]);
 }
 
 static void test_conventions(void)
@@ -699,8 +719,8 @@ static void test_conventions(void)
         {"rmsprop", 4, {0.01, 0.9, 0.125, 0.0}, convention_rmsprop},
         {"rmsprop_momentum", 4, {0.01, 0.9, 0.125, 0.9}, convention_rmsprop_momentum},
         {"rmsprop_centered", 4, {0.01, 0.9, 0.125, 0.0}, convention_rmsprop_centered},
-        {"adam", 4, {0.01, 0.9, 0.75, 0.125}, convention_adam},
-        {"adam_amsgrad", 4, {0.01, 0.9, 0.75, 0.125}, convention_amsgrad},
+        {"adam", 4, {0.01, 0.9, 0.75, 0.125, 0.0, 0.25}, convention_adam},
+        {"adam_amsgrad", 4, {0.01, 0.9, 0.75, 0.125, 0.0, 0.25}, convention_amsgrad},
     };
     enum { STEPS = 5 };
     const size_t one = 1;

@@ -204,6 +204,7 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "initial_accumulator_value": at_least_0,
     "eps": at_least_0,
     "eps[0]": at_least_0_or_none,
+    "eps_root": at_least_0_or_none,
     "beta2_decay": at_most_0,
     "d": at_least_1,
     "rho": from_0_to_1,
@@ -249,6 +250,16 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "ema_decay": from_0_to_1_or_none,
 }
 
+KNOWN_TO: dict[str, tuple[tuple[str, ...], Any]] = {
+    "dampening": (("torch",), 0),
+    "momentum": (("torch", "keras", "optax", "tf", "sklearn"), 0),
+    "lr_decay": (("torch",), 0),
+    "amsgrad": (("torch", "keras", "optax", "tf"), False),
+    "eps_root": (("optax",), None),
+    "use_bias_correction": (("torch",), True),
+}
+"""Hyper-parameters that not all conventions of their rules know, and what they are in the others."""
+
 
 def decay_mode(values: Mapping[str, Any]) -> str:
     """The kind of weight decay that `decay_mode`, or `decoupled_weight_decay` in its absence, asks for."""
@@ -269,11 +280,17 @@ def resolve(name: str, value: Any, step: int, label: str, length: int | None = N
     return tuple(check(v(step) if callable(v) else v, f"{label}[{i}]") for i, (check, v) in enumerate(zip(checks, value)))
 
 
-def check_only(name: str, values: Mapping[str, Any], wanted: Any, *conventions: str) -> None:
-    """Refuse any other value of a hyper-parameter that only these conventions know."""
+def is_known(name: str, convention: str) -> bool:
+    """Whether a convention has this hyper-parameter of one of its rules."""
+    return name not in KNOWN_TO or convention in KNOWN_TO[name][0]
+
+
+def check_known(values: Mapping[str, Any]) -> None:
+    """Refuse hyper-parameters that the convention does not know."""
     convention = values.get("convention", "torch")
-    if convention not in conventions and values[name] != wanted:
-        raise ValueError(f"{name}: expected {wanted} for convention={convention!r}, got {values[name]}")
+    for name, (_, otherwise) in KNOWN_TO.items():
+        if not is_known(name, convention) and values.get(name, otherwise) != otherwise:
+            raise ValueError(f"{name}: expected {otherwise} for convention={convention!r}, got {values[name]}")
 
 
 def one_of(value: Any, choices: tuple[Any, ...], label: str) -> Any:

@@ -74,6 +74,11 @@ OPTAX_STATES = {
     "LARS": {"TraceState": {"trace": "momentum_buffer"}},
     "Adamax": {"ScaleByAdamState": {"mu": "exp_avg", "nu": "exp_inf"}},
     "Lion": {"ScaleByLionState": {"mu": "exp_avg"}},
+    "Signum": {"EmaState": {"ema": "momentum_buffer"}},
+    "AdaBelief": {"ScaleByBeliefState": {"mu": "exp_avg", "nu": "exp_avg_var"}},
+    "Yogi": {"ScaleByAdamState": {"mu": "exp_avg", "nu": "exp_avg_sq"}},
+    "Rprop": {"ScaleByRpropState": {"prev_updates": "prev", "step_sizes": "step_size"}},
+    "Adan": {"ScaleByAdanState": {"m": "exp_avg", "v": "exp_avg_diff", "n": "exp_avg_sq", "g": "pre_grad"}},
     "NovoGrad": {"ScaleByNovogradState": {"mu": "exp_avg", "nu": "exp_avg_sq"}},
     "Prodigy": {
         "ProdigyState": {
@@ -88,6 +93,9 @@ OPTAX_STATES = {
 }
 OPTAX_STATES |= dict.fromkeys(("AdamW", "NAdam", "RAdam", "LAMB"), OPTAX_STATES["Adam"])
 """Names of states by the class and field that hold them."""
+
+OPTAX_COUNTS = ("count", "t")
+"""Fields that count the steps."""
 
 OPTAX_WRAPPERS = ("EmptyState", "ScaleByScheduleState", "MaskedState", "PartitionState", "InjectStatefulHyperparamsState")
 """Other classes in a chain, which hold a count, further states, or nothing."""
@@ -267,7 +275,8 @@ def torch_scalars(opt: Optimizer, step: int, hyper: Mapping[str, Any]) -> dict[s
 def torch_keys(opt: Optimizer) -> list[str]:
     """The hyper-parameters that are called the same in a group of PyTorch, and always there."""
     decay = ["weight_decay"] if TORCH_RULES[type(opt).__name__] else []
-    return [*(key for key in opt._group_defaults if key not in _hyper.OPTION_DEFAULTS), *decay, "maximize"]
+    own = [key for key in opt._group_defaults if key not in _hyper.OPTION_DEFAULTS and _hyper.is_known(key, "torch")]
+    return [*own, *decay, "maximize"]
 
 
 def torch_hyper(opt: Optimizer, group: Mapping[str, Any], label: str) -> dict[str, Any]:
@@ -549,7 +558,7 @@ def with_changes(opt: Optimizer, node: Any, label: str, change: Callable[[str, s
         own = f"{label}.{field}"
         if field in ("inner_state", "inner_states"):
             new[field] = with_changes(opt, value, own, change)
-        elif field == "count":
+        elif field in OPTAX_COUNTS:
             new[field] = change(own, "step", "", value)
         elif field in kinds.get(kind, {}):
             key = kinds[kind][field]

@@ -62,6 +62,7 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
                 raise TypeError(f"{rule.__name__}: unknown option {name!r}; it has {', '.join(known)}")
             values[name] = _hyper.resolve(name, value, 0, name, optimizer._lengths.get(name))
         optimizer._check_convention(values.get("convention", "torch"))
+        _hyper.check_known(values)
         optimizer._check_hyper(values)
         if isinstance(given["step"], bool) or not isinstance(given["step"], (int, np.integer)) or given["step"] < 1:
             raise ValueError(f"step: expected a whole number >= 1, got {given['step']!r}")

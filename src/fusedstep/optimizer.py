@@ -341,6 +341,7 @@ class Optimizer:
                 label = f"param_groups[{i}]." if self._is_grouped else ""
                 now = {key: _hyper.resolve(key, group[key], step, label + key, self._lengths.get(key)) for key in keys}
                 values = values | now
+                _hyper.check_known(values)
                 self._check_hyper(values)
             if is_new:
                 keys = [key for key, value in zip(keys, raw) if not is_constant(value)]

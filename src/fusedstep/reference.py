@@ -531,24 +531,38 @@ def adam(
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    eps_root: float | None = None,
     convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> None:
     """Adam, or AMSGrad if ``max_exp_avg_sq`` is given; see :class:`fusedstep.Adam`."""
     beta1, beta2 = betas
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    corrects_root = convention in ("torch", "optax")
+    step_size = lr / correction1 if corrects_root else lr * math.sqrt(correction2) / correction1
     with operands(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, lr=lr, **stages) as (p, g, m, v, *v_max):
         m += (1 - beta1) * (g - m)
         v[:] = beta2 * v + (1 - beta2) * g * g
-        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-        step_size, rsqrt_correction2 = lr / correction1, 1 / math.sqrt(correction2)
-        if convention not in ("torch", "optax"):
-            step_size, rsqrt_correction2 = lr * math.sqrt(correction2) / correction1, 1.0
-        second_moment = v
         if v_max:
-            if convention == "optax":
-                v, rsqrt_correction2 = v * (1 / correction2), 1.0
-            v_max[0][:] = second_moment = np.where(v_max[0] > v, v_max[0], v)
-        p -= step_size * m / (np.sqrt(second_moment) * rsqrt_correction2 + eps)
+            v = v * (1 / correction2) if convention == "optax" else v
+            v_max[0][:] = v = np.where(v_max[0] > v, v_max[0], v)
+        if v_max and convention == "optax":
+            root = np.sqrt(v + or_else(eps_root, 0.0))
+        else:
+            root = corrected_root(v, beta2, step, eps_root) if corrects_root else np.sqrt(v)
+        p -= step_size * m / (root + eps)
+
+
+def corrected_root(v: Array, beta2: float, step: int, eps_root: float | None = None) -> Array:
+    """The root of a second moment, corrected for its start from 0; and of ``eps_root`` with it."""
+    correction2 = 1 - beta2**step
+    root: Array = np.sqrt(v + or_else(eps_root, 0.0) * correction2) * (1 / math.sqrt(correction2))
+    return root
+
+
+def or_else(x: float | None, otherwise: float) -> float:
+    """A hyper-parameter, or what stands for it where it is not given."""
+    return otherwise if x is None else x
 
 
 def adamw(
@@ -562,13 +576,14 @@ def adamw(
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    eps_root: float | None = None,
     convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> None:
     """Adam with decoupled weight decay of 0.01 unless given; see :class:`fusedstep.AdamW`."""
     stages.setdefault("weight_decay", 1e-2)
     stages.setdefault("decoupled_weight_decay", True)
-    hyper = dict(lr=lr, betas=betas, eps=eps, convention=convention)
+    hyper = dict(lr=lr, betas=betas, eps=eps, eps_root=eps_root, convention=convention)
     adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, **hyper, **stages)  # type: ignore[arg-type]
 
 
@@ -665,6 +680,7 @@ def nadam(
     lr: float = 2e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    eps_root: float | None = None,
     momentum_decay: float = 4e-3,
     convention: str = "torch",
     **stages: Unpack[Stages],
@@ -682,8 +698,7 @@ def nadam(
             mu, next_mu = (nadam_mu(s, beta1, momentum_decay) for s in (step, step + 1))
             on_grad = lr * (1 - mu) / (1 - product)
             on_average = lr * next_mu / (1 - product * next_mu)
-        rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
-        p -= (on_grad * g + on_average * m) / (np.sqrt(v) * rsqrt_correction2 + eps)
+        p -= (on_grad * g + on_average * m) / (corrected_root(v, beta2, step, eps_root) + eps)
 
 
 def nadam_mu(step: int, beta1: float, momentum_decay: float) -> float:
@@ -730,6 +745,7 @@ def lamb(
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
+    eps_root: float | None = None,
     **stages: Unpack[Stages],
 ) -> None:
     """Adam's direction, as long as the parameter is times lr; see :class:`fusedstep.LAMB`."""
@@ -738,8 +754,8 @@ def lamb(
     with operands(param, grad, exp_avg, exp_avg_sq, lr=lr, **stages) as (p, g, m, v):
         m += (1 - beta1) * (g - m)
         v[:] = beta2 * v + (1 - beta2) * g * g
-        correction1, rsqrt_correction2 = 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
-        direction = correction1 * m / (np.sqrt(v) * rsqrt_correction2 + eps) + weight_decay * p
+        below = corrected_root(v, beta2, step, eps_root) + eps
+        direction = 1 / (1 - beta1**step) * m / below + weight_decay * p
         param_norm, direction_norm = norm(p), norm(direction)
         p -= (lr if param_norm == 0 or direction_norm == 0 else lr * (param_norm / direction_norm)) * direction
 
@@ -837,6 +853,7 @@ def novograd(
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.95, 0.98),
     eps: float = 1e-8,
+    eps_root: float | None = None,
     **stages: Unpack[Stages],
 ) -> None:
     """NovoGrad; ``exp_avg_sq`` is a single number; see :class:`fusedstep.NovoGrad`."""
@@ -845,7 +862,7 @@ def novograd(
     with operands(param, grad, exp_avg, lr=lr, **stages) as (p, g, m):
         size = norm(g)
         exp_avg_sq[...] = beta2 * exp_avg_sq + (1 - beta2) * (size * size)
-        m[:] = beta1 * m + (g / (float(np.sqrt(exp_avg_sq)) + eps) + weight_decay * p)
+        m[:] = beta1 * m + (g / (math.sqrt(exp_avg_sq + or_else(eps_root, 0.0)) + eps) + weight_decay * p)
         p -= lr * m
 
 
@@ -954,6 +971,7 @@ def radam(
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    eps_root: float | None = None,
     convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> None:
@@ -970,10 +988,11 @@ def radam(
         step_size = lr / (1 - beta1**step)
         if length > 5 or (length == 5 and convention != "torch"):
             square = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-            on_step, on_root = math.sqrt(1 - power2), 1.0
+            step_size *= math.sqrt(square)
             if convention == "optax":
-                on_step, on_root = 1.0, 1 / math.sqrt(1 - power2)
-            p -= step_size * math.sqrt(square) * on_step * m / (np.sqrt(v) * on_root + eps)
+                p -= step_size * m / (corrected_root(v, beta2, step, eps_root) + eps)
+            else:
+                p -= step_size * math.sqrt(1 - power2) * m / (np.sqrt(v) + eps)
         else:
             p -= step_size * m
 
@@ -1026,6 +1045,7 @@ def adabelief(
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-16,
+    eps_root: float | None = None,
     **stages: Unpack[Stages],
 ) -> None:
     """AdaBelief; see :class:`fusedstep.AdaBelief`."""
@@ -1033,10 +1053,8 @@ def adabelief(
     with operands(param, grad, exp_avg, exp_avg_var, lr=lr, **stages) as (p, g, m, s):
         m += (1 - beta1) * (g - m)
         surprise = g - m
-        s[:] = beta2 * s + (1 - beta2) * surprise * surprise + eps
-        step_size = lr / (1 - beta1**step)
-        rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
-        p -= step_size * m / (np.sqrt(s) * rsqrt_correction2 + eps)
+        s[:] = beta2 * s + (1 - beta2) * surprise * surprise + or_else(eps_root, eps)
+        p -= lr / (1 - beta1**step) * m / (corrected_root(s, beta2, step) + eps)
 
 
 def yogi(
@@ -1057,9 +1075,7 @@ def yogi(
         square = g * g
         m += (1 - beta1) * (g - m)
         v -= (1 - beta2) * np.sign(v - square) * square
-        step_size = lr / (1 - beta1**step)
-        rsqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
-        p -= step_size * m / (np.sqrt(v) * rsqrt_correction2 + eps)
+        p -= lr / (1 - beta1**step) * m / (corrected_root(v, beta2, step) + eps)
 
 
 def rprop(
@@ -1072,6 +1088,7 @@ def rprop(
     lr: float = 1e-2,
     etas: tuple[float, float] = (0.5, 1.2),
     step_sizes: tuple[float, float] = (1e-6, 50.0),
+    convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> None:
     """Rprop; ``step_size`` starts with ``lr``, which does nothing else; see :class:`fusedstep.Rprop`."""
@@ -1080,11 +1097,13 @@ def rprop(
         smallest, largest = p.dtype.type(step_sizes[0]), p.dtype.type(step_sizes[1])
         direction = np.sign(g)
         same = direction * before
-        s[same > 0] *= grow
-        s[same < 0] *= shrink
-        s[:] = np.where(s < smallest, smallest, np.where(s > largest, largest, s))  # a NaN stays one
-        before[:] = np.where(same < 0, 0, g)
-        p -= np.where(same < 0, 0, direction) * s
+        is_late = convention == "optax"
+        moved = s * np.where(same > 0, grow, np.where(same < 0, shrink, 1)).astype(s.dtype)
+        bounded = np.where(moved < smallest, smallest, np.where(moved > largest, largest, moved))  # a NaN stays one
+        s[:] = np.where(same == 0, s, bounded) if is_late else bounded
+        now = np.where(same < 0, 0, direction) * s
+        p -= np.where(same < 0, 0, before) if is_late else now
+        before[:] = now if is_late else np.where(same < 0, 0, g)
 
 
 def asgd(
@@ -1145,23 +1164,25 @@ def adan(
     lr: float = 1e-3,
     betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
     eps: float = 1e-8,
+    eps_root: float | None = None,
+    convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> None:
     """Adan; weight decay is decoupled unless given; see :class:`fusedstep.Adan`."""
     beta1, beta2, beta3 = betas
+    on_diff = 1 - beta2 if convention == "optax" else beta2
     stages.setdefault("decoupled_weight_decay", True)
     states = exp_avg, exp_avg_diff, exp_avg_sq, pre_grad
     with operands(param, grad, *states, lr=lr, **stages) as (p, g, m, v, n, before):
         diff = g - before if step > 1 else np.zeros_like(g)
-        ahead = g + beta2 * diff
+        ahead = g + on_diff * diff
         m += (1 - beta1) * (g - m)
         v += (1 - beta2) * (diff - v)
         n[:] = beta3 * n + (1 - beta3) * ahead * ahead
         before[:] = g
         step_size = lr / (1 - beta1**step)
-        diff_step_size = lr * beta2 / (1 - beta2**step)
-        rsqrt_correction3 = 1 / math.sqrt(1 - beta3**step)
-        p -= (step_size * m + diff_step_size * v) / (np.sqrt(n) * rsqrt_correction3 + eps)
+        diff_step_size = lr * on_diff / (1 - beta2**step)
+        p -= (step_size * m + diff_step_size * v) / (corrected_root(n, beta3, step, eps_root) + eps)
 
 
 def schedule_free_weight(weight_sum: Array, lr_max: Array, step: int, lr: float, r: float, weight_lr_power: float) -> float:

@@ -128,8 +128,6 @@ class SGD(Optimizer):
 
     @staticmethod
     def _check_hyper(values: Mapping[str, Any]) -> None:
-        _hyper.check_only("dampening", values, 0, "torch")
-        _hyper.check_only("momentum", values, 0, "torch", "keras", "optax", "tf", "sklearn")
         if values["nesterov"] and not (values["momentum"] > 0 and values["dampening"] == 0):
             raise ValueError("nesterov: expected momentum > 0 and dampening = 0 with it, got "
                              f"momentum={values['momentum']}, dampening={values['dampening']}")  # fmt: skip
@@ -202,10 +200,6 @@ class Adagrad(Optimizer):
     ) -> None:
         hyper = dict(lr=lr, lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, eps=eps)
         super().__init__(params, hyper, options)
-
-    @staticmethod
-    def _check_hyper(values: Mapping[str, Any]) -> None:
-        _hyper.check_only("lr_decay", values, 0, "torch")
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -481,6 +475,8 @@ class Adam(Optimizer):
         :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
     eps : float
         :math:`\epsilon`, outside the corrected root.
+    eps_root : float, optional
+        Added to the corrected :math:`v`, inside the root; only in "optax".
     amsgrad : bool
         AMSGrad, with the further state ``max_exp_avg_sq``: the maximum of the uncorrected :math:`v`.
 
@@ -517,14 +513,11 @@ class Adam(Optimizer):
         *,
         betas: tuple[Hyper, Hyper] = (0.9, 0.999),
         eps: Hyper = 1e-8,
+        eps_root: Hyper | None = None,
         amsgrad: bool = False,
         **options: Unpack[_hyper.Options],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, amsgrad=amsgrad), options)
-
-    @staticmethod
-    def _check_hyper(values: Mapping[str, Any]) -> None:
-        _hyper.check_only("amsgrad", values, False, "torch", "keras", "optax", "tf")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, eps_root=eps_root, amsgrad=amsgrad), options)
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -681,6 +674,7 @@ class Muon(Optimizer):
             "lr": hyper["lr"] * hyper["adamw_lr_ratio"],
             "betas": hyper["adamw_betas"],
             "eps": hyper["adamw_eps"],
+            "eps_root": None,
             "weight_decay": hyper["adamw_weight_decay"],
             "amsgrad": False,
         }
@@ -709,6 +703,8 @@ class NAdam(Optimizer):
         :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
     eps : float
         :math:`\epsilon`, outside the corrected root.
+    eps_root : float, optional
+        Added to the corrected :math:`v`, inside the root; only in "optax".
     momentum_decay : float
         :math:`\psi`; 0.004 in PyTorch, 1 in Keras.
 
@@ -747,10 +743,12 @@ class NAdam(Optimizer):
         *,
         betas: tuple[Hyper, Hyper] = (0.9, 0.999),
         eps: Hyper = 1e-8,
+        eps_root: Hyper | None = None,
         momentum_decay: Hyper = 4e-3,
         **options: Unpack[_hyper.Options],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, momentum_decay=momentum_decay), options)
+        hyper = dict(lr=lr, betas=betas, eps=eps, eps_root=eps_root, momentum_decay=momentum_decay)
+        super().__init__(params, hyper, options)
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -777,6 +775,8 @@ class LAMB(Optimizer):
         :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
     eps : float
         :math:`\epsilon`, outside the corrected root.
+    eps_root : float, optional
+        Added to the corrected :math:`v`, inside the root; only in "optax".
 
     Notes
     -----
@@ -813,9 +813,10 @@ class LAMB(Optimizer):
         *,
         betas: tuple[Hyper, Hyper] = (0.9, 0.999),
         eps: Hyper = 1e-6,
+        eps_root: Hyper | None = None,
         **options: Unpack[_hyper.Options],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, eps_root=eps_root), options)
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -979,6 +980,8 @@ class RAdam(Optimizer):
         :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`).
     eps : float
         :math:`\epsilon`, outside the uncorrected root.
+    eps_root : float, optional
+        Added to the corrected :math:`v`, inside the root; only in "optax".
 
     Examples
     --------
@@ -1009,9 +1012,10 @@ class RAdam(Optimizer):
         *,
         betas: tuple[Hyper, Hyper] = (0.9, 0.999),
         eps: Hyper = 1e-8,
+        eps_root: Hyper | None = None,
         **options: Unpack[_hyper.Options],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, eps_root=eps_root), options)
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -1118,6 +1122,7 @@ class Signum(Optimizer):
     """
 
     _rule = staticmethod(reference.signum)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}, "optax": {"lr": REQUIRED}}
 
     def __init__(
         self,
@@ -1164,7 +1169,9 @@ class AdaBelief(Optimizer):
     eps : float
         :math:`\epsilon`, as in the paper in both places: added to :math:`s` in each step, and outside the corrected root.
         It adds up: with gradients as expected :math:`s` tends to :math:`\epsilon / (1 - \beta_2)`. The default is that of
-        the authors' implementation and of optax, which calls the first place ``eps_root``.
+        the authors' implementation and of optax.
+    eps_root : float, optional
+        What is added to :math:`s` instead; only in "optax".
 
     Examples
     --------
@@ -1183,6 +1190,7 @@ class AdaBelief(Optimizer):
 
     _rule = staticmethod(reference.adabelief)
     _non_negative_states = ("exp_avg_var",)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}, "optax": {"lr": REQUIRED, "eps_root": 1e-16}}
 
     def __init__(
         self,
@@ -1191,9 +1199,10 @@ class AdaBelief(Optimizer):
         *,
         betas: tuple[Hyper, Hyper] = (0.9, 0.999),
         eps: Hyper = 1e-16,
+        eps_root: Hyper | None = None,
         **options: Unpack[_hyper.Options],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, eps_root=eps_root), options)
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -1226,12 +1235,12 @@ class Yogi(Optimizer):
     eps : float
         :math:`\epsilon`, outside the corrected root.
     initial_accumulator_value : float
-        What the state ``exp_avg_sq`` starts with.
+        What the state ``exp_avg_sq`` starts with, and in "optax" ``exp_avg``, too.
 
     Notes
     -----
-    The corrections of the start, which the paper leaves out, are optax's. It starts ``exp_avg`` with the initial value, too,
-    which moves parameters that have no gradient; here that starts with 0, as in the paper.
+    The corrections of the start, which the paper leaves out, are optax's. As ``exp_avg`` does not start from 0 there,
+    parameters move that have no gradient.
 
     Examples
     --------
@@ -1249,6 +1258,7 @@ class Yogi(Optimizer):
 
     _rule = staticmethod(reference.yogi)
     _non_negative_states = ("exp_avg_sq",)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}, "optax": {"lr": REQUIRED}}
 
     def __init__(
         self,
@@ -1269,7 +1279,8 @@ class Yogi(Optimizer):
 
     @staticmethod
     def _initial_state(name: str, hyper: Mapping[str, Any]) -> float:
-        return float(hyper["initial_accumulator_value"]) if name == "exp_avg_sq" else 0.0
+        starts = name == "exp_avg_sq" or hyper["convention"] == "optax"
+        return float(hyper["initial_accumulator_value"]) if starts else 0.0
 
 
 class Rprop(Optimizer):
@@ -1297,7 +1308,8 @@ class Rprop(Optimizer):
     Notes
     -----
     For full batches: the signs of mini-batches change too often. The state ``prev`` has the gradient of the step before.
-    PyTorch takes the sign of the product :math:`g_t g_{t-1}`, which vanishes where both are small.
+    PyTorch takes the sign of the product :math:`g_t g_{t-1}`, which vanishes where both are small. optax is a step late: it
+    takes that of :math:`g_{t-1}` and :math:`s_{t-1}`, which is in ``prev``, and none where :math:`c_t < 0`.
 
     Examples
     --------
@@ -1317,6 +1329,7 @@ class Rprop(Optimizer):
 
     _rule = staticmethod(reference.rprop)
     _non_negative_states = ("step_size",)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}, "optax": {"lr": REQUIRED}}
 
     def __init__(
         self,
@@ -1532,6 +1545,8 @@ class Adan(Optimizer):
         ``exp_avg_sq`` (:math:`n`); as in the authors' implementation, in the paper these are :math:`1 - \beta`.
     eps : float
         :math:`\epsilon`, outside the corrected root.
+    eps_root : float, optional
+        Added to the corrected :math:`n`, inside the root; only in "optax".
 
     Notes
     -----
@@ -1555,6 +1570,7 @@ class Adan(Optimizer):
     _rule = staticmethod(reference.adan)
     _option_defaults: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
     _non_negative_states = ("exp_avg_sq",)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}, "optax": {"lr": REQUIRED, "eps_root": 1e-8}}
 
     def __init__(
         self,
@@ -1563,9 +1579,10 @@ class Adan(Optimizer):
         *,
         betas: tuple[Hyper, Hyper, Hyper] = (0.98, 0.92, 0.99),
         eps: Hyper = 1e-8,
+        eps_root: Hyper | None = None,
         **options: Unpack[_hyper.Options],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, eps_root=eps_root), options)
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -1775,6 +1792,8 @@ class NovoGrad(Optimizer):
         :math:`\beta_1, \beta_2`, of the states ``exp_avg`` (:math:`m`) and ``exp_avg_sq`` (:math:`v`, of shape ``()``).
     eps : float
         :math:`\epsilon`, outside the root.
+    eps_root : float, optional
+        Added to :math:`v`, inside the root; only in "optax".
 
     Notes
     -----
@@ -1811,9 +1830,10 @@ class NovoGrad(Optimizer):
         *,
         betas: tuple[Hyper, Hyper] = (0.95, 0.98),
         eps: Hyper = 1e-8,
+        eps_root: Hyper | None = None,
         **options: Unpack[_hyper.Options],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), options)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, eps_root=eps_root), options)
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -1905,10 +1925,6 @@ class Prodigy(Optimizer):
         hyper = dict(lr=lr, betas=betas, beta3=beta3, eps=eps, d0=d0, d_coef=d_coef)
         hyper |= dict(use_bias_correction=use_bias_correction, safeguard_warmup=safeguard_warmup)
         super().__init__(params, hyper, options)
-
-    @staticmethod
-    def _check_hyper(values: Mapping[str, Any]) -> None:
-        _hyper.check_only("use_bias_correction", values, True, "torch")
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:

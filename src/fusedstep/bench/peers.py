@@ -193,7 +193,14 @@ def keras(work: Work, params: list[Array], grads: list[Array]) -> Way | None:
     made = [keras.Variable(param, dtype=work.dtype) for param in params]
     opt = rules[work.rule](keras.optimizers)
     tensors = [keras.ops.convert_to_tensor(grad) for grad in grads]
-    return Way(lambda: opt.apply(tensors, made), lambda: [keras.ops.convert_to_numpy(v.value) for v in made])
+
+    def step() -> None:
+        opt.apply(tensors, made)
+        for variable in made:
+            if hasattr(variable.value, "block_until_ready"):  # JAX returns before it is done
+                variable.value.block_until_ready()
+
+    return Way(step, lambda: [keras.ops.convert_to_numpy(v.value) for v in made])
 
 
 def scikit_learn(work: Work, params: list[Array], grads: list[Array]) -> Way | None:
