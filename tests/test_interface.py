@@ -460,7 +460,7 @@ def test_invalid_settings(entry, settings, error, message):
 
 def test_unknown_option():
     with pytest.raises(
-        TypeError, match="^Adam: unknown option 'learning_rate'; it has lr, betas, eps, amsgrad, weight_decay, "
+        TypeError, match="^Adam: unknown option 'learning_rate'; it has lr, betas, eps, eps_root, amsgrad, weight_decay, "
     ):
         fs.Adam([ones(2)], learning_rate=0.1)
 

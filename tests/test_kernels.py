@@ -67,8 +67,8 @@ BAD = [
     (
         dict(clip=1),
         TypeError,
-        "adam: unknown option 'clip'; it has lr, betas, eps, convention, grad_scale, zero_nonfinite, maximize, clip_factor, "
-        "clip_adaptive, clip_value, weight_decay, decoupled_weight_decay, decay_mode, l1, max_norm, bounds, unit_axes",
+        "adam: unknown option 'clip'; it has lr, betas, eps, eps_root, convention, grad_scale, zero_nonfinite, maximize, "
+        "clip_factor, clip_adaptive, clip_value, weight_decay, decoupled_weight_decay, decay_mode, l1, max_norm, bounds, unit_axes",
     ),
 ]
 

@@ -233,6 +233,7 @@ def thinc(work: Work, params: list[Array], grads: list[Array]) -> Way | None:
 def deepspeed(work: Work, params: list[Array], grads: list[Array]) -> Way | None:
     if work.clip_norm is not None or work.rule not in ("adam", "adamw") or work.dtype != "float32":
         return None
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for others, and says so
     torch, adam = importlib.import_module("torch"), importlib.import_module("deepspeed.ops.adam")
     made = [torch.nn.Parameter(torch.from_numpy(param)) for param in params]
     for tensor, grad in zip(made, grads):
