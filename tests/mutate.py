@@ -163,6 +163,8 @@ EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("kernels.inc:add_up", "l < half", "<=", OUTSIDE),
     ("rules/adam.h", "> v ?", ">= v ?", EQUAL),
     ("rules/rmsprop.h", "variance < 0 ?", "<= 0 ?", EQUAL),
+    ("rules/rprop.h", "s = s < smallest ?", "<=", EQUAL),
+    ("rules/rprop.h", "s = s < smallest ?", ">=", EQUAL),
     ("rules/prodigy.h", "estimate > c->d", ">=", EQUAL),
     ("rules/prodigy.h", "along < 0 ?", "<= 0 ?", "either zero adds nothing"),
     ("plan.c:fs_plan_new", "->arrays = calloc(n_arrays + 1", "+ 0", NOTHING),

@@ -119,11 +119,14 @@ static wide corrected(wide average, wide beta, int t)
     return average / (1 - powl(beta, t));
 }
 
+/* A hyper-parameter of which there may be none. */
+static double given(double x) { return isnan(x) ? 0 : x; }
+
 static void textbook_adam(wide *p, wide g, wide *s, const double *h, int t)
 {
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
-    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t) + h[5]) + h[3]);
+    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t) + given(h[5])) + h[3]);
 }
 
 static void textbook_amsgrad(wide *p, wide g, wide *s, const double *h, int t)
@@ -131,7 +134,7 @@ static void textbook_amsgrad(wide *p, wide g, wide *s, const double *h, int t)
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
     s[2] = fmaxl(s[2], s[1]);
-    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[2], h[2], t) + h[5]) + h[3]);
+    *p -= h[0] * corrected(s[0], h[1], t) / (sqrtl(corrected(s[2], h[2], t) + given(h[5])) + h[3]);
 }
 
 static void textbook_adamax(wide *p, wide g, wide *s, const double *h, int t)
@@ -148,7 +151,7 @@ static void textbook_radam(wide *p, wide g, wide *s, const double *h, int t)
     const wide r = sqrtl((rho_t - 4) * (rho_t - 2) * rho / ((rho - 4) * (rho - 2) * rho_t));
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
-    const wide on_root = h[4] == FS_OPTAX ? sqrtl(1 - power) : 1, root = sqrtl(s[1] + h[5] * (1 - power));
+    const wide on_root = h[4] == FS_OPTAX ? sqrtl(1 - power) : 1, root = sqrtl(s[1] + given(h[5]) * (1 - power));
     const wide rectified = r * sqrtl(1 - power) / on_root / (root / on_root + h[3]);
     *p -= h[0] * corrected(s[0], h[1], t) * (rho_t > 5 ? rectified : 1);
 }
@@ -231,7 +234,7 @@ static void textbook_adan(wide *p, wide g, wide *s, const double *h, int t)
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * diff;
     s[2] = h[3] * s[2] + (1 - (wide)h[3]) * ahead * ahead;
     s[3] = g;
-    const wide root = sqrtl(corrected(s[2], h[3], t) + h[6]);
+    const wide root = sqrtl(corrected(s[2], h[3], t) + given(h[6]));
     *p -= h[0] * (corrected(s[0], h[1], t) + weight * corrected(s[1], h[2], t)) / (root + h[4]);
 }
 
@@ -250,7 +253,7 @@ static void textbook_nadam(wide *p, wide g, wide *s, const double *h, int t)
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
     const wide direction = (1 - mu) * g / (1 - product) + next_mu * s[0] / (1 - product * next_mu);
-    *p -= h[0] * direction / (sqrtl(corrected(s[1], h[2], t) + h[6]) + h[3]);
+    *p -= h[0] * direction / (sqrtl(corrected(s[1], h[2], t) + given(h[6])) + h[3]);
 }
 
 /* With the average x of z in place of what is done to y without it. */
@@ -291,8 +294,8 @@ static void test_textbook(void)
         {"rmsprop_centered", "lr alpha eps momentum convention", {0.01, 0.9, 1e-3, 0.9}, textbook_rmsprop_centered},
         {"rmsprop_centered_momentum", "lr alpha eps momentum convention", {0.01, 0.99, 1e-8, 0.9},
          textbook_rmsprop_centered_momentum},
-        {"adam", "lr beta1 beta2 eps convention eps_root", {0.01, 0.9, 0.999, 1e-3}, textbook_adam},
-        {"adam_amsgrad", "lr beta1 beta2 eps convention eps_root", {0.01, 0.8, 0.5, 1e-3}, textbook_amsgrad},
+        {"adam", "lr beta1 beta2 eps convention eps_root", {0.01, 0.9, 0.999, 1e-3, FS_TORCH, NAN}, textbook_adam},
+        {"adam_amsgrad", "lr beta1 beta2 eps convention eps_root", {0.01, 0.8, 0.5, 1e-3, FS_TORCH, NAN}, textbook_amsgrad},
         {"adamax", "lr beta1 beta2 eps convention", {0.01, 0.9, 0.5, 1e-3}, textbook_adamax},
         {"lion", "lr beta1 beta2", {0.01, 0.5, 0.75}, textbook_lion},
         {"signsgd", "lr momentum", {0.01, 0.0}, textbook_signsgd},
@@ -306,13 +309,13 @@ static void test_textbook(void)
         {"asgd", "lr lambd alpha t0", {0.1, 0.5, 0.75, 4.5}, textbook_asgd},
         {"ftrl", "lr beta l1_regularization_strength l2_regularization_strength", {0.1, 0.5, 0.25, 0.125}, textbook_ftrl},
         {"ftrl", "lr beta l1_regularization_strength l2_regularization_strength", {0.1, 0.0, 0.25, 0.0}, textbook_ftrl},
-        {"adan", "lr beta1 beta2 beta3 eps convention eps_root", {0.01, 0.9, 0.75, 0.99, 1e-3}, textbook_adan},
+        {"adan", "lr beta1 beta2 beta3 eps convention eps_root", {0.01, 0.9, 0.75, 0.99, 1e-3, FS_TORCH, NAN}, textbook_adan},
         {"adan", "lr beta1 beta2 beta3 eps convention eps_root", {0.01, 0.9, 0.75, 0.99, 1e-3, FS_OPTAX, 0.125},
          textbook_adan},
-        {"radam", "lr beta1 beta2 eps convention eps_root", {0.01, 0.9, 0.9, 1e-3}, textbook_radam},
+        {"radam", "lr beta1 beta2 eps convention eps_root", {0.01, 0.9, 0.9, 1e-3, FS_TORCH, NAN}, textbook_radam},
         {"radam", "lr beta1 beta2 eps convention eps_root", {0.01, 0.9, 0.9, 1e-3, FS_OPTAX, 0.125}, textbook_radam},
         {"radam", "lr beta1 beta2 eps convention eps_root", {0.01, 0.9, 0.9, 1e-3, FS_THINC}, textbook_radam},
-        {"nadam", "lr beta1 beta2 eps momentum_decay convention eps_root", {0.01, 0.9, 0.75, 1e-3, 0.5}, textbook_nadam},
+        {"nadam", "lr beta1 beta2 eps momentum_decay convention eps_root", {0.01, 0.9, 0.75, 1e-3, 0.5, FS_TORCH, NAN}, textbook_nadam},
         {"nadam", "lr beta1 beta2 eps momentum_decay convention eps_root", {0.01, 0.9, 0.75, 1e-3, 0.5, FS_OPTAX, 0.125},
          textbook_nadam},
         {"schedule_free_sgd", "lr momentum r weight_lr_power", {0.1, 0.75, 0.5, 2.0}, textbook_schedule_free_sgd},
@@ -331,18 +334,18 @@ static void test_textbook(void)
             CHECK(strcmp(fs_rule_hyper_names(rule), cases[c].hyper_names) == 0);
             memcpy(plan->groups[0].hyper, cases[c].hyper, sizeof cases[c].hyper);
             /* From zero, so that errors are seen relative to the change; but steps of Rprop grow from what is there. */
-            const double start = cases[c].textbook == textbook_late_rprop ? 0.05 : 0.0;
-            wide expected[SIZE] = {0}, states[SIZE][FS_MAX_STATES];
+            const double second_state = cases[c].textbook == textbook_late_rprop ? 0.25 : 0.0;
+            wide expected[SIZE] = {0}, states[SIZE][FS_MAX_STATES] = {{0}};
             for (int o = 0; o < FS_RESIDUAL; o++)
                 for (size_t e = 0; o != FS_GRAD && e < size; e++)
-                    set(plan, 0, o, e, o < FS_STATE ? 0.0 : start);
-            for (size_t i = 0; i < SIZE * FS_MAX_STATES; i++)
-                states[i / FS_MAX_STATES][i % FS_MAX_STATES] = start;
+                    set(plan, 0, o, e, o == FS_STATE + 1 ? second_state : 0.0);
+            for (size_t e = 0; e < size; e++)
+                states[e][1] = second_state;
             for (int n = 0; n < FS_MAX_NUMBERS; n++)
                 memset(plan->arrays[0].number[n], 0, sizeof(double));
             for (int t = 1; t <= STEPS; t++) {
                 for (size_t e = 0; e < size; e++) {
-                    set(plan, 0, FS_GRAD, e, e == 0 ? 0.0 : random_signed() / t);
+                    set(plan, 0, FS_GRAD, e, e == 0 || (e < 8 && t % 3 == 0) ? 0.0 : random_signed() / t);
                     cases[c].textbook(&expected[e], get(plan, 0, FS_GRAD, e), states[e], cases[c].hyper, t);
                 }
                 CHECK(take_step(plan, options).applied);
@@ -365,7 +368,7 @@ static wide lamb_direction(wide p, wide g, wide *s, const double *h, int t)
 {
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
-    return corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t) + h[5]) + h[3]) + h[4] * p;
+    return corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t) + given(h[5])) + h[3]) + h[4] * p;
 }
 
 static wide lars_direction(wide p, wide g, wide *s, const double *h, int t)
@@ -398,7 +401,7 @@ static wide novograd_rate(wide param_norm, wide direction_norm, wide *number, co
     const wide square = direction_norm * direction_norm;
     (void)param_norm;
     *number = t == 1 ? square : h[2] * *number + (1 - (wide)h[2]) * square;
-    return 1 / (sqrtl(*number + h[5]) + h[3]);
+    return 1 / (sqrtl(*number + given(h[5])) + h[3]);
 }
 
 static void lamb_move(wide *p, wide step, wide *s, const double *h)
@@ -439,7 +442,9 @@ static void test_scaled(void)
         {"lamb", {0.05, 0.9, 0.75, 1e-3, 0.25, 0.125}, lamb_direction, lamb_rate, lamb_move},
         {"lars", {0.5, 0.75, 0.125, 0.5, 0.25}, lars_direction, lars_rate, lars_move},
         {"lars_nesterov", {0.5, 0.75, 0.125, 0.5, 0.25}, lars_direction, lars_rate, lars_nesterov_move},
+        {"lamb", {0.05, 0.9, 0.75, 1e-3, 0.25, NAN}, lamb_direction, lamb_rate, lamb_move},
         {"novograd", {0.125, 0.75, 0.5, 1e-3, 0.25, 0.125}, novograd_direction, novograd_rate, novograd_move},
+        {"novograd", {0.125, 0.75, 0.5, 1e-3, 0.25, NAN}, novograd_direction, novograd_rate, novograd_move},
     };
     enum { N_ARRAYS = 3, LARGEST = 3001, STEPS = 4 };
     static const size_t sizes[N_ARRAYS] = {5, LARGEST, 1024};
@@ -690,7 +695,7 @@ static void convention_adam(wide *p, wide g, wide *s, const double *h, int t)
     const wide with_lr = convention_correction(h, t);
     s[0] = h[1] * s[0] + (1 - (wide)h[1]) * g;
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
-    *p -= h[0] * with_lr * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t) + h[5]) * with_lr + h[3]);
+    *p -= h[0] * with_lr * corrected(s[0], h[1], t) / (sqrtl(corrected(s[1], h[2], t) + given(h[5])) * with_lr + h[3]);
 }
 
 static void convention_amsgrad(wide *p, wide g, wide *s, const double *h, int t)
@@ -701,7 +706,7 @@ static void convention_amsgrad(wide *p, wide g, wide *s, const double *h, int t)
     s[1] = h[2] * s[1] + (1 - (wide)h[2]) * g * g;
     s[2] = fmaxl(s[2], largest_corrected ? corrected(s[1], h[2], t) : s[1]);
     const wide second = largest_corrected ? s[2] : corrected(s[2], h[2], t);
-    *p -= h[0] * with_lr * corrected(s[0], h[1], t) / (sqrtl(second + h[5]) * with_lr + h[3]);
+    *p -= h[0] * with_lr * corrected(s[0], h[1], t) / (sqrtl(second + given(h[5])) * with_lr + h[3]);
 }
 
 static void test_conventions(void)
@@ -721,6 +726,7 @@ static void test_conventions(void)
         {"rmsprop_centered", 4, {0.01, 0.9, 0.125, 0.0}, convention_rmsprop_centered},
         {"adam", 4, {0.01, 0.9, 0.75, 0.125, 0.0, 0.25}, convention_adam},
         {"adam_amsgrad", 4, {0.01, 0.9, 0.75, 0.125, 0.0, 0.25}, convention_amsgrad},
+        {"adam_amsgrad", 4, {0.01, 0.9, 0.75, 0.125, 0.0, NAN}, convention_amsgrad},
     };
     enum { STEPS = 5 };
     const size_t one = 1;
