@@ -18,13 +18,15 @@ from fusedstep import database
 
 STEPS = 50
 SHAPES = [(3, 4), (70,), ()]
+SHAPES_OF = {"Muon": [(3, 4), (9, 5), (6, 6), (1, 7), *SHAPES[1:], (2, 3, 4)]}
+"""Of rules for which more of them differ."""
 TOLERANCE = 1e-13
 
 
-def problem(seed=0):
-    rng = np.random.default_rng(seed)
-    start = [rng.standard_normal(shape) for shape in SHAPES]
-    return start, [[rng.standard_normal(shape) * 10.0 ** rng.uniform(-2, 1) for shape in SHAPES] for _ in range(STEPS)]
+def problem(shapes=SHAPES):
+    rng = np.random.default_rng(0)
+    start = [rng.standard_normal(shape) for shape in shapes]
+    return start, [[rng.standard_normal(shape) * 10.0 ** rng.uniform(-2, 1) for shape in shapes] for _ in range(STEPS)]
 
 
 def ours(rule, convention, settings, start, grads):
@@ -36,7 +38,7 @@ def ours(rule, convention, settings, start, grads):
 
 
 def compare(rule, convention, settings, theirs):
-    start, grads = problem()
+    start, grads = problem(SHAPES_OF.get(rule, SHAPES))
     found = ours(rule, convention, settings, start, grads)
     for a, b in zip(found, theirs([p.copy() for p in start], grads)):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max())
@@ -76,6 +78,14 @@ KERAS = [
     ("LAMB", {}, "Lamb", {}),
     ("LAMB", {"lr": 0.1, "weight_decay": 0.1, "eps": 0.01}, "Lamb",
      {"learning_rate": 0.1, "weight_decay": 0.1, "epsilon": 0.01}),
+    ("Muon", {}, "Muon", {}),
+    ("Muon", {"nesterov": False, "momentum": 0.5}, "Muon", {"nesterov": False, "momentum": 0.5}),
+    ("Muon",
+     {"lr": 0.1, "momentum": 0.8, "ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 3, "weight_decay": 0.1,
+      "adamw_lr_ratio": 0.25, "adamw_betas": (0.8, 0.95), "adamw_eps": 0.01, "adamw_weight_decay": 0.2}, "Muon",
+     {"learning_rate": 0.1, "momentum": 0.8, "muon_a": 2.0, "muon_b": -1.5, "muon_c": 0.5, "ns_steps": 3,
+      "weight_decay": 0.1, "adam_lr_ratio": 0.25, "adam_beta_1": 0.8, "adam_beta_2": 0.95, "epsilon": 0.01,
+      "adam_weight_decay": 0.2}),
     ("Adam", {"clip_norm": 0.5}, "Adam", {"global_clipnorm": 0.5}),
     ("Adam", {"clip_norm_per_array": 0.5}, "Adam", {"clipnorm": 0.5}),
     ("Adam", {"clip_value": 0.1}, "Adam", {"clipvalue": 0.1}),
@@ -96,7 +106,17 @@ def test_keras(keras, rule, settings, name, theirs):
 
 
 KERAS_CLASSES = {"NAdam": "Nadam", "LAMB": "Lamb", "FTRL": "Ftrl"}
-KERAS_NAMES = {"lr": "learning_rate", "eps": "epsilon", "alpha": "rho"}
+KERAS_NAMES = {
+    "lr": "learning_rate",
+    "eps": "epsilon",
+    "alpha": "rho",
+    "betas": ("beta_1", "beta_2"),
+    "ns_coefficients": ("muon_a", "muon_b", "muon_c"),
+    "adamw_lr_ratio": "adam_lr_ratio",
+    "adamw_betas": ("adam_beta_1", "adam_beta_2"),
+    "adamw_eps": "epsilon",
+    "adamw_weight_decay": "adam_weight_decay",
+}
 
 
 @pytest.mark.parametrize("rule", [name for name, own in fs.conventions().items() if "keras" in own])
@@ -108,10 +128,10 @@ def test_defaults_of_keras(keras, rule):
     opt = getattr(fs, rule)(np.zeros(2), convention="keras")
     for name, value in opt.param_groups[0].items():
         their_name = KERAS_NAMES.get(name, name)
-        if their_name in theirs:
+        if isinstance(their_name, tuple):
+            assert value == tuple(theirs[part] for part in their_name), name
+        elif their_name in theirs:
             assert value == (theirs[their_name] or 0), name
-    if "betas" in opt.param_groups[0]:
-        assert opt.param_groups[0]["betas"] == (theirs["beta_1"], theirs["beta_2"])
 
 
 # ---- optax --------------------------------------------------------------------------------------------------------------
@@ -161,6 +181,42 @@ OPTAX = [
             "weight_decay": 0.1,
         },
         lambda: optax.contrib.prodigy(0.5, (0.8, 0.95), 0.9, 0.01, 0.01, 10.0, weight_decay=0.1, safeguard_warmup=True),
+    ),
+    ("Muon", {"lr": 0.1}, lambda: optax.contrib.muon(0.1)),
+    ("Muon", {"lr": 0.1, "nesterov": False}, lambda: optax.contrib.muon(0.1, nesterov=False)),
+    (  # with an eps that matters
+        "Muon",
+        {
+            "lr": 0.1,
+            "momentum": 0.8,
+            "ns_coefficients": (2.0, -1.5, 0.5),
+            "ns_steps": 3,
+            "eps": 0.1,
+            "adjust_lr_fn": "match_rms_adamw",
+            "weight_decay": 0.1,
+            "adamw_lr_ratio": 0.25,
+            "adamw_betas": (0.8, 0.95),
+            "adamw_eps": 0.1,
+            "adamw_weight_decay": 0.2,
+        },
+        lambda: optax.contrib.muon(
+            0.1,
+            (2.0, -1.5, 0.5),
+            3,
+            0.8,
+            0.1,
+            0.1,
+            consistent_rms=0.2,
+            adam_learning_rate=0.025,
+            adam_b1=0.8,
+            adam_b2=0.95,
+            adam_weight_decay=0.2,
+        ),
+    ),
+    (
+        "Muon",
+        {"lr": 0.1, "nesterov": False, "eps": 0.1, "adamw_eps": 0.1},
+        lambda: optax.contrib.muon(0.1, nesterov=False, eps=0.1),
     ),
     ("SGD", {"lr": 0.1, "clip_norm": 0.5}, lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))),
 ]

@@ -183,6 +183,11 @@ ENTRIES = [
                 "adjust_lr_fn: expected one of None, 'original', 'match_rms_adamw', got 'keras'",
             ),
             ({"adamw_betas": (0.9, 1.0)}, ValueError, "adamw_betas[1]: expected a number in [0, 1), got 1.0"),
+            (
+                {"convention": "keras", "adjust_lr_fn": None},
+                ValueError,
+                "adjust_lr_fn: expected match_rms_adamw for convention='keras', got None",
+            ),
         ],
         train={"muon": {"lr": 0.02, "adamw_lr_ratio": 0.15}},
     ),
