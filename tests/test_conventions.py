@@ -86,6 +86,9 @@ KERAS = [
      {"learning_rate": 0.1, "momentum": 0.8, "muon_a": 2.0, "muon_b": -1.5, "muon_c": 0.5, "ns_steps": 3,
       "weight_decay": 0.1, "adam_lr_ratio": 0.25, "adam_beta_1": 0.8, "adam_beta_2": 0.95, "epsilon": 0.01,
       "adam_weight_decay": 0.2}),
+    ("ScheduleFreeAdamW", {}, "ScheduleFreeAdamW", {}),
+    ("ScheduleFreeAdamW", {"lr": 0.05, "betas": (0.75, 0.99), "eps": 1e-3, "weight_decay": 0.1}, "ScheduleFreeAdamW",
+     {"learning_rate": 0.05, "beta_1": 0.75, "beta_2": 0.99, "epsilon": 1e-3, "weight_decay": 0.1}),
     ("Adam", {"clip_norm": 0.5}, "Adam", {"global_clipnorm": 0.5}),
     ("Adam", {"clip_norm_per_array": 0.5}, "Adam", {"clipnorm": 0.5}),
     ("Adam", {"clip_value": 0.1}, "Adam", {"clipvalue": 0.1}),
@@ -103,6 +106,18 @@ def test_keras(keras, rule, settings, name, theirs):
         return [keras.ops.convert_to_numpy(v) for v in variables]
 
     compare(rule, "keras", settings, with_keras)
+
+
+def test_schedule_free_under_a_schedule_of_keras(keras):
+    """All steps have the same weight."""
+    start, grads = problem()
+    found = ours("ScheduleFreeAdamW", "keras", {"lr": lambda step: 0.05 / (1 + step), "weight_decay": 0.1}, start, grads)
+    theirs = keras.optimizers.ScheduleFreeAdamW(keras.optimizers.schedules.InverseTimeDecay(0.05, 1, 1.0), weight_decay=0.1)
+    variables = [keras.Variable(p, dtype="float64") for p in start]
+    for g in grads:
+        theirs.apply([np.asarray(x) for x in g], variables)
+    for a, b in zip(found, variables):
+        np.testing.assert_allclose(a, np.asarray(b), rtol=0, atol=TOLERANCE * np.abs(a).max())
 
 
 KERAS_CLASSES = {"NAdam": "Nadam", "LAMB": "Lamb", "FTRL": "Ftrl"}
@@ -218,6 +233,18 @@ OPTAX = [
         {"lr": 0.1, "nesterov": False, "eps": 0.1, "adamw_eps": 0.1},
         lambda: optax.contrib.muon(0.1, nesterov=False, eps=0.1),
     ),
+    ("ScheduleFreeSGD", {}, lambda: optax.contrib.schedule_free_sgd()),
+    (
+        "ScheduleFreeSGD",
+        {"lr": 0.1, "momentum": 0.75, "weight_lr_power": 1.0, "weight_decay": 0.1},
+        lambda: optax.contrib.schedule_free_sgd(0.1, b1=0.75, weight_lr_power=1.0, weight_decay=0.1),
+    ),
+    ("ScheduleFreeAdamW", {}, lambda: optax.contrib.schedule_free_adamw()),
+    (
+        "ScheduleFreeAdamW",
+        {"lr": 0.01, "betas": (0.75, 0.99), "eps": 1e-3, "weight_decay": 0.1},
+        lambda: optax.contrib.schedule_free_adamw(0.01, b1=0.75, b2=0.99, eps=1e-3, weight_decay=0.1),
+    ),
     ("SGD", {"lr": 0.1, "clip_norm": 0.5}, lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))),
 ]
 
@@ -234,6 +261,22 @@ def test_optax(rule, settings, make):
 
     with jax.enable_x64(True):
         compare(rule, "optax", settings, with_optax)
+
+
+@pytest.mark.parametrize(("rule", "settings", "make"), [case for case in OPTAX if case[0].startswith("ScheduleFree")])
+def test_averages_of_schedule_free(rule, settings, make):
+    start, grads = problem()
+    opt = getattr(fs, rule)([p.copy() for p in start], convention="optax", **settings)
+    with jax.enable_x64(True):
+        theirs, params = make(), [jax.numpy.asarray(p) for p in start]
+        state = theirs.init(params)
+        for g in grads:
+            opt.step(g)
+            updates, state = theirs.update([jax.numpy.asarray(x) for x in g], state, params)
+            params = optax.apply_updates(params, updates)
+            wanted = optax.contrib.schedule_free_eval_params(state, params)
+            for a, b in zip(opt.averages.values(), wanted):
+                np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max())
 
 
 # ---- scikit-learn -------------------------------------------------------------------------------------------------------

@@ -1649,7 +1649,8 @@ class ScheduleFreeSGD(ScheduleFree):
     :math:`x` is computed from :math:`y` and :math:`z` when it is asked for. The sum of the weights and the largest learning
     rate are the states ``weight_sum`` and ``lr_max``, numbers for each array. `weight_decay` and `l1` take :math:`y` for the
     parameter; other kinds of decay and `bounds` change it alone. With an `ema_decay` the averages are those that it makes of
-    :math:`y`.
+    :math:`y`. optax has no `r`, and with a schedule weighs each step by the learning rates up to that of the next one, which
+    here are those up to its own.
 
     Examples
     --------
@@ -1670,6 +1671,7 @@ class ScheduleFreeSGD(ScheduleFree):
     """
 
     _rule = staticmethod(reference.schedule_free_sgd)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}, "optax": {}}
 
     def __init__(
         self,
@@ -1685,6 +1687,7 @@ class ScheduleFreeSGD(ScheduleFree):
 
     @staticmethod
     def _check_hyper(values: Mapping[str, Any]) -> None:
+        _hyper.check_only("r", values, 0, "torch")
         if not 0 < values["momentum"] < 1:
             raise ValueError(f"momentum: expected a number in (0, 1), got {values['momentum']}")
 
@@ -1726,7 +1729,8 @@ class ScheduleFreeAdamW(ScheduleFree):
     Notes
     -----
     See :class:`ScheduleFreeSGD`. ``weight_decay``, :math:`\lambda`, is part of the direction, which is its authors' way to
-    decouple it, unless another kind is asked for. Keras has ``weight_lr_power=0`` and ``decoupled_weight_decay=True``.
+    decouple it, unless another kind is asked for. Keras, too, has no `r`, and no `weight_lr_power`: all steps have the same
+    weight.
 
     Examples
     --------
@@ -1745,6 +1749,11 @@ class ScheduleFreeAdamW(ScheduleFree):
 
     _rule = staticmethod(reference.schedule_free_adamw)
     _non_negative_states = ("exp_avg_sq",)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"weight_lr_power": 0.0, "decoupled_weight_decay": True},
+        "optax": {},
+    }
 
     def __init__(
         self,
@@ -1761,6 +1770,8 @@ class ScheduleFreeAdamW(ScheduleFree):
 
     @staticmethod
     def _check_hyper(values: Mapping[str, Any]) -> None:
+        _hyper.check_only("r", values, 0, "torch")
+        _hyper.check_only("weight_lr_power", values, 0, "torch", "optax")
         if not values["betas"][0] > 0:
             raise ValueError(f"betas[0]: expected a number in (0, 1), got {values['betas'][0]}")
 
