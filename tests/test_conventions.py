@@ -152,6 +152,12 @@ def test_defaults_of_keras(keras, rule):
 # ---- optax --------------------------------------------------------------------------------------------------------------
 
 
+def muon_of_optax(*args, **kwargs):
+    """Compiled as a whole, or else parts of it are anew in each step."""
+    init, update = optax.contrib.muon(*args, **kwargs)
+    return optax.GradientTransformation(init, jax.jit(update))
+
+
 OPTAX = [
     ("SGD", {"lr": 0.1}, lambda: optax.sgd(0.1)),
     ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, lambda: optax.sgd(0.1, momentum=0.9, nesterov=True)),
@@ -197,8 +203,8 @@ OPTAX = [
         },
         lambda: optax.contrib.prodigy(0.5, (0.8, 0.95), 0.9, 0.01, 0.01, 10.0, weight_decay=0.1, safeguard_warmup=True),
     ),
-    ("Muon", {"lr": 0.1}, lambda: optax.contrib.muon(0.1)),
-    ("Muon", {"lr": 0.1, "nesterov": False}, lambda: optax.contrib.muon(0.1, nesterov=False)),
+    ("Muon", {"lr": 0.1}, lambda: muon_of_optax(0.1)),
+    ("Muon", {"lr": 0.1, "nesterov": False}, lambda: muon_of_optax(0.1, nesterov=False)),
     (  # with an eps that matters
         "Muon",
         {
@@ -214,7 +220,7 @@ OPTAX = [
             "adamw_eps": 0.1,
             "adamw_weight_decay": 0.2,
         },
-        lambda: optax.contrib.muon(
+        lambda: muon_of_optax(
             0.1,
             (2.0, -1.5, 0.5),
             3,
@@ -231,7 +237,7 @@ OPTAX = [
     (
         "Muon",
         {"lr": 0.1, "nesterov": False, "eps": 0.1, "adamw_eps": 0.1},
-        lambda: optax.contrib.muon(0.1, nesterov=False, eps=0.1),
+        lambda: muon_of_optax(0.1, nesterov=False, eps=0.1),
     ),
     ("ScheduleFreeSGD", {}, lambda: optax.contrib.schedule_free_sgd()),
     (
