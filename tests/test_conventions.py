@@ -14,7 +14,7 @@ import pytest
 from conftest import assert_same_bits, run
 
 import fusedstep as fs
-from fusedstep import database
+from fusedstep import database, interop
 
 STEPS = 50
 SHAPES = [(3, 4), (70,), ()]
@@ -121,17 +121,6 @@ def test_schedule_free_under_a_schedule_of_keras(keras):
 
 
 KERAS_CLASSES = {"NAdam": "Nadam", "LAMB": "Lamb", "FTRL": "Ftrl"}
-KERAS_NAMES = {
-    "lr": "learning_rate",
-    "eps": "epsilon",
-    "alpha": "rho",
-    "betas": ("beta_1", "beta_2"),
-    "ns_coefficients": ("muon_a", "muon_b", "muon_c"),
-    "adamw_lr_ratio": "adam_lr_ratio",
-    "adamw_betas": ("adam_beta_1", "adam_beta_2"),
-    "adamw_eps": "epsilon",
-    "adamw_weight_decay": "adam_weight_decay",
-}
 
 
 @pytest.mark.parametrize("rule", [name for name, own in fs.conventions().items() if "keras" in own])
@@ -142,11 +131,11 @@ def test_defaults_of_keras(keras, rule):
     }
     opt = getattr(fs, rule)(np.zeros(2), convention="keras")
     for name, value in opt.param_groups[0].items():
-        their_name = KERAS_NAMES.get(name, name)
-        if isinstance(their_name, tuple):
-            assert value == tuple(theirs[part] for part in their_name), name
-        elif their_name in theirs:
-            assert value == (theirs[their_name] or 0), name
+        found = [theirs[key] for key in interop.KERAS_HYPER.get(name, (name,)) if key in theirs]
+        if found:
+            assert value == (tuple(found) if len(found) > 1 else found[0] or 0), name
+    for name, value in interop.CONSTANTS_FOR_KERAS.items():
+        assert theirs.get(name, value) == value
 
 
 # ---- optax --------------------------------------------------------------------------------------------------------------

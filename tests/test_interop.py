@@ -569,7 +569,7 @@ def test_muon_of_torch_before_the_first_step():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "params['b']: expected a matrix for Muon of PyTorch, which leaves others out, got shape (3,)"),
+        ({}, "params['b']: expected a matrix for Muon of PyTorch, got shape (3,)"),
         ({"maximize": True}, "maximize of param_groups[0]: expected False as in PyTorch, got True"),
         (
             {"decay_mode": "coupled"},

@@ -285,10 +285,7 @@ def to_torch(opt: Optimizer, *, names: Sequence[str] | None = None) -> dict[str,
     step, hypers, states = exported(opt)
     for (name, part), param in zip(parts_of(opt, hypers).items(), opt._params):
         if part.rule is not type(opt):
-            label = f"params[{name!r}]"
-            raise ValueError(
-                f"{label}: expected a matrix for {rule} of PyTorch, which leaves others out, got shape {param.shape}"
-            )
+            raise ValueError(f"params[{name!r}]: expected a matrix for {rule} of PyTorch, got shape {param.shape}")
     groups = []
     for i, (group, values) in enumerate(zip(opt.param_groups, hypers)):
         check_same(values, {"l1": 0.0, "bounds": None, **constants}, f"param_groups[{i}]", "torch")
