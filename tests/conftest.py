@@ -73,14 +73,15 @@ def rng():
 
 @pytest.fixture
 def keras(monkeypatch):
-    """Keras in float64, means as well, which it adds up in float32."""
+    """Keras in float64, with means and norms, for which it goes to float32."""
     jax = pytest.importorskip("jax")
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         keras = pytest.importorskip("keras")
         keras.config.set_floatx("float64")
-        exact_mean = lambda x, **axes: jax.numpy.mean(jax.numpy.asarray(x), **axes)  # noqa: E731
-        monkeypatch.setattr(sys.modules["keras.src.ops"], "mean", exact_mean)
+        for name, exact in ("mean", jax.numpy.mean), ("norm", jax.numpy.linalg.norm):
+            of_arrays = lambda x, exact=exact, **axes: exact(jax.numpy.asarray(x), **axes)  # noqa: E731
+            monkeypatch.setattr(sys.modules["keras.src.ops"], name, of_arrays)
         yield keras
         keras.config.set_floatx("float32")
 

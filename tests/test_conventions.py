@@ -14,17 +14,19 @@ import pytest
 from conftest import assert_same_bits, run
 
 import fusedstep as fs
-from fusedstep import database
+from fusedstep import database, interop
 
 STEPS = 50
 SHAPES = [(3, 4), (70,), ()]
+SHAPES_OF = {"Muon": [(3, 4), (9, 5), (6, 6), (1, 7), *SHAPES[1:], (2, 3, 4)]}
+"""Of rules for which more of them differ."""
 TOLERANCE = 1e-13
 
 
-def problem(seed=0):
-    rng = np.random.default_rng(seed)
-    start = [rng.standard_normal(shape) for shape in SHAPES]
-    return start, [[rng.standard_normal(shape) * 10.0 ** rng.uniform(-2, 1) for shape in SHAPES] for _ in range(STEPS)]
+def problem(shapes=SHAPES):
+    rng = np.random.default_rng(0)
+    start = [rng.standard_normal(shape) for shape in shapes]
+    return start, [[rng.standard_normal(shape) * 10.0 ** rng.uniform(-2, 1) for shape in shapes] for _ in range(STEPS)]
 
 
 def ours(rule, convention, settings, start, grads):
@@ -36,7 +38,7 @@ def ours(rule, convention, settings, start, grads):
 
 
 def compare(rule, convention, settings, theirs):
-    start, grads = problem()
+    start, grads = problem(SHAPES_OF.get(rule, SHAPES))
     found = ours(rule, convention, settings, start, grads)
     for a, b in zip(found, theirs([p.copy() for p in start], grads)):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max())
@@ -76,6 +78,17 @@ KERAS = [
     ("LAMB", {}, "Lamb", {}),
     ("LAMB", {"lr": 0.1, "weight_decay": 0.1, "eps": 0.01}, "Lamb",
      {"learning_rate": 0.1, "weight_decay": 0.1, "epsilon": 0.01}),
+    ("Muon", {}, "Muon", {}),
+    ("Muon", {"nesterov": False, "momentum": 0.5}, "Muon", {"nesterov": False, "momentum": 0.5}),
+    ("Muon",
+     {"lr": 0.1, "momentum": 0.8, "ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 3, "weight_decay": 0.1,
+      "adamw_lr_ratio": 0.25, "adamw_betas": (0.8, 0.95), "adamw_eps": 0.01, "adamw_weight_decay": 0.2}, "Muon",
+     {"learning_rate": 0.1, "momentum": 0.8, "muon_a": 2.0, "muon_b": -1.5, "muon_c": 0.5, "ns_steps": 3,
+      "weight_decay": 0.1, "adam_lr_ratio": 0.25, "adam_beta_1": 0.8, "adam_beta_2": 0.95, "epsilon": 0.01,
+      "adam_weight_decay": 0.2}),
+    ("ScheduleFreeAdamW", {}, "ScheduleFreeAdamW", {}),
+    ("ScheduleFreeAdamW", {"lr": 0.05, "betas": (0.75, 0.99), "eps": 1e-3, "weight_decay": 0.1}, "ScheduleFreeAdamW",
+     {"learning_rate": 0.05, "beta_1": 0.75, "beta_2": 0.99, "epsilon": 1e-3, "weight_decay": 0.1}),
     ("Adam", {"clip_norm": 0.5}, "Adam", {"global_clipnorm": 0.5}),
     ("Adam", {"clip_norm_per_array": 0.5}, "Adam", {"clipnorm": 0.5}),
     ("Adam", {"clip_value": 0.1}, "Adam", {"clipvalue": 0.1}),
@@ -95,8 +108,19 @@ def test_keras(keras, rule, settings, name, theirs):
     compare(rule, "keras", settings, with_keras)
 
 
+def test_schedule_free_under_a_schedule_of_keras(keras):
+    """All steps have the same weight."""
+    start, grads = problem()
+    found = ours("ScheduleFreeAdamW", "keras", {"lr": lambda step: 0.05 / (1 + step), "weight_decay": 0.1}, start, grads)
+    theirs = keras.optimizers.ScheduleFreeAdamW(keras.optimizers.schedules.InverseTimeDecay(0.05, 1, 1.0), weight_decay=0.1)
+    variables = [keras.Variable(p, dtype="float64") for p in start]
+    for g in grads:
+        theirs.apply([np.asarray(x) for x in g], variables)
+    for a, b in zip(found, variables):
+        np.testing.assert_allclose(a, np.asarray(b), rtol=0, atol=TOLERANCE * np.abs(a).max())
+
+
 KERAS_CLASSES = {"NAdam": "Nadam", "LAMB": "Lamb", "FTRL": "Ftrl"}
-KERAS_NAMES = {"lr": "learning_rate", "eps": "epsilon", "alpha": "rho"}
 
 
 @pytest.mark.parametrize("rule", [name for name, own in fs.conventions().items() if "keras" in own])
@@ -107,14 +131,20 @@ def test_defaults_of_keras(keras, rule):
     }
     opt = getattr(fs, rule)(np.zeros(2), convention="keras")
     for name, value in opt.param_groups[0].items():
-        their_name = KERAS_NAMES.get(name, name)
-        if their_name in theirs:
-            assert value == (theirs[their_name] or 0), name
-    if "betas" in opt.param_groups[0]:
-        assert opt.param_groups[0]["betas"] == (theirs["beta_1"], theirs["beta_2"])
+        found = [theirs[key] for key in interop.KERAS_HYPER.get(name, (name,)) if key in theirs]
+        if found:
+            assert (value or 0) == (tuple(found) if len(found) > 1 else found[0] or 0), name
+    for name, value in interop.CONSTANTS_FOR_KERAS.items():
+        assert theirs.get(name, value) == value
 
 
 # ---- optax --------------------------------------------------------------------------------------------------------------
+
+
+def muon_of_optax(*args, **kwargs):
+    """Compiled as a whole, or else parts of it are anew in each step."""
+    init, update = optax.contrib.muon(*args, **kwargs)
+    return optax.GradientTransformation(init, jax.jit(update))
 
 
 OPTAX = [
@@ -197,6 +227,54 @@ OPTAX = [
         },
         lambda: optax.contrib.prodigy(0.5, (0.8, 0.95), 0.9, 0.01, 0.01, 10.0, weight_decay=0.1, safeguard_warmup=True),
     ),
+    ("Muon", {"lr": 0.1}, lambda: muon_of_optax(0.1)),
+    ("Muon", {"lr": 0.1, "nesterov": False}, lambda: muon_of_optax(0.1, nesterov=False)),
+    (  # with an eps that matters
+        "Muon",
+        {
+            "lr": 0.1,
+            "momentum": 0.8,
+            "ns_coefficients": (2.0, -1.5, 0.5),
+            "ns_steps": 3,
+            "eps": 0.1,
+            "adjust_lr_fn": "match_rms_adamw",
+            "weight_decay": 0.1,
+            "adamw_lr_ratio": 0.25,
+            "adamw_betas": (0.8, 0.95),
+            "adamw_eps": 0.1,
+            "adamw_weight_decay": 0.2,
+        },
+        lambda: muon_of_optax(
+            0.1,
+            (2.0, -1.5, 0.5),
+            3,
+            0.8,
+            0.1,
+            0.1,
+            consistent_rms=0.2,
+            adam_learning_rate=0.025,
+            adam_b1=0.8,
+            adam_b2=0.95,
+            adam_weight_decay=0.2,
+        ),
+    ),
+    (
+        "Muon",
+        {"lr": 0.1, "nesterov": False, "eps": 0.1, "adamw_eps": 0.1},
+        lambda: muon_of_optax(0.1, nesterov=False, eps=0.1),
+    ),
+    ("ScheduleFreeSGD", {}, lambda: optax.contrib.schedule_free_sgd()),
+    (
+        "ScheduleFreeSGD",
+        {"lr": 0.1, "momentum": 0.75, "weight_lr_power": 1.0, "weight_decay": 0.1},
+        lambda: optax.contrib.schedule_free_sgd(0.1, b1=0.75, weight_lr_power=1.0, weight_decay=0.1),
+    ),
+    ("ScheduleFreeAdamW", {}, lambda: optax.contrib.schedule_free_adamw()),
+    (
+        "ScheduleFreeAdamW",
+        {"lr": 0.01, "betas": (0.75, 0.99), "eps": 1e-3, "weight_decay": 0.1},
+        lambda: optax.contrib.schedule_free_adamw(0.01, b1=0.75, b2=0.99, eps=1e-3, weight_decay=0.1),
+    ),
     ("SGD", {"lr": 0.1, "clip_norm": 0.5}, lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))),
 ]
 
@@ -213,6 +291,22 @@ def test_optax(rule, settings, make):
 
     with jax.enable_x64(True):
         compare(rule, "optax", settings, with_optax)
+
+
+@pytest.mark.parametrize(("rule", "settings", "make"), [case for case in OPTAX if case[0].startswith("ScheduleFree")])
+def test_averages_of_schedule_free(rule, settings, make):
+    start, grads = problem()
+    opt = getattr(fs, rule)([p.copy() for p in start], convention="optax", **settings)
+    with jax.enable_x64(True):
+        theirs, params = make(), [jax.numpy.asarray(p) for p in start]
+        state = theirs.init(params)
+        for g in grads:
+            opt.step(g)
+            updates, state = theirs.update([jax.numpy.asarray(x) for x in g], state, params)
+            params = optax.apply_updates(params, updates)
+            wanted = optax.contrib.schedule_free_eval_params(state, params)
+            for a, b in zip(opt.averages.values(), wanted):
+                np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max())
 
 
 # ---- scikit-learn -------------------------------------------------------------------------------------------------------

@@ -231,6 +231,37 @@ def test_all_or_nothing(backend, monkeypatch, rng):
     assert opt.step(grads).applied
 
 
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False, "eps": 0.5}], ids=setting_id)
+@pytest.mark.parametrize("convention", ["torch", "keras", "optax"])
+def test_conventions_of_the_function(convention, settings, rng):
+    """It has PyTorch's defaults in all of them."""
+    start, grads = rng.standard_normal((5, 3)), [rng.standard_normal((5, 3)) for _ in range(3)]
+    settings = {"lr": 0.1, "weight_decay": 0.2, "eps": 1e-7, "adjust_lr_fn": "match_rms_adamw", **settings}
+    wanted = start.copy()
+    opt = fs.Muon({"w": wanted}, convention=convention, **settings)
+    for grad in grads:
+        opt.step({"w": grad})
+    for module in (kernels, reference):
+        found, buffer = start.copy(), np.zeros((5, 3))
+        for step, grad in enumerate(grads, 1):
+            module.muon(found, grad, buffer, step=step, convention=convention, **settings)
+        assert_same_bits([found, buffer], [wanted, opt.state["w"]["momentum_buffer"]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nesterov_may_be_edited_where_others_know_it(backend, rng):
+    """In optax that changes their rule, which goes on with their state."""
+    start, grads = rng.standard_normal(5), [rng.standard_normal(5) for _ in range(3)]
+    wanted, found = start.copy(), start.copy()
+    m, v = np.zeros(5), np.zeros(5)
+    opt = fs.Muon({"w": found}, 0.1, convention="optax", backend=backend)
+    for step, (grad, rule) in enumerate(zip(grads, [kernels.nadam, kernels.adam, kernels.nadam]), 1):
+        opt.param_groups[0]["nesterov"] = rule is kernels.nadam
+        opt.step({"w": grad})
+        rule(wanted, grad, m, v, step=step, lr=0.1, convention="optax")
+    assert_same_bits([found], [wanted])
+
+
 @pytest.mark.parametrize("module", [kernels, reference])
 def test_the_function_takes_matrices_alone(module):
     p = np.ones(3)

@@ -87,16 +87,6 @@ OPTAX = {
         dict(lr=0.01, betas=(0.98, 0.5, 0.99), eps=1e-8, weight_decay=0.0),
         lambda: optax.adan(0.01, b2=0.5, eps=1e-8, eps_root=0.0),
     ),
-    "schedule-free sgd": (
-        fs.ScheduleFreeSGD,
-        dict(lr=0.1, momentum=0.75, weight_decay=0.1),
-        lambda: optax.contrib.schedule_free_sgd(0.1, b1=0.75, weight_decay=0.1),
-    ),
-    "schedule-free adamw": (
-        fs.ScheduleFreeAdamW,
-        dict(lr=0.01, betas=(0.75, 0.99), eps=1e-3, weight_decay=0.1),
-        lambda: optax.contrib.schedule_free_adamw(0.01, b1=0.75, b2=0.99, eps=1e-3, weight_decay=0.1),
-    ),
     "clip_norm": (
         fs.SGD,
         dict(lr=0.1, clip_value=0.3),
@@ -444,34 +434,6 @@ def test_schedule_free_average_under_a_schedule(lr, backend, rng):
     sums = np.square(np.maximum.accumulate(rates)).sum()
     assert opt.state["0"]["weight_sum"] == pytest.approx(sums, rel=1e-14)
     assert opt.state["0"]["lr_max"] == max(rates)
-
-
-def test_schedule_free_average_against_optax(rng):
-    import jax
-
-    with jax.enable_x64(True):
-        start, grads = rng.standard_normal(50), gradients_of(rng, 50)
-        opt = fs.ScheduleFreeAdamW({"w": start.copy()}, lr=0.1)
-        transform, params = optax.contrib.schedule_free_adamw(0.1), jax.numpy.asarray(start)
-        state = transform.init(params)
-        for g in grads:
-            opt.step({"w": g})
-            updates, state = transform.update(jax.numpy.asarray(g), state, params)
-            params = optax.apply_updates(params, updates)
-        wanted = np.asarray(optax.contrib.schedule_free_eval_params(state, params))
-        np.testing.assert_allclose(opt.averages["w"], wanted, **FLOAT64_TOLERANCE)
-
-
-def test_schedule_free_against_keras(rng, keras):
-    """There all steps have the same weight."""
-    start, grads = rng.standard_normal(50), gradients_of(rng, 50)
-    settings = {"lr": lambda step: 0.05 / (1 + step), "weight_lr_power": 0.0, "decoupled_weight_decay": True}
-    found = trajectory(fs.ScheduleFreeAdamW, start, grads, **settings, weight_decay=0.1)
-    theirs = keras.optimizers.ScheduleFreeAdamW(keras.optimizers.schedules.InverseTimeDecay(0.05, 1, 1.0), weight_decay=0.1)
-    param = keras.Variable(start, dtype="float64")
-    for g in grads:
-        theirs.apply([g], [param])
-    np.testing.assert_allclose(found, keras.ops.convert_to_numpy(param), **FLOAT64_TOLERANCE)
 
 
 def test_ftrl_without_any_gradient_is_0():

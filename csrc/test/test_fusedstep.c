@@ -604,21 +604,21 @@ static void test_numbers(void)
     free_plan(plan);
 }
 
-/* Muon's direction is what the caller put into the second state. */
+/* Muon's direction is what the caller put into the second state. In Keras gradients enter the buffer whole. */
 static void test_muon(void)
 {
     const size_t size = 3;
     fs_plan *plan = make_plan(FS_FLOAT64, 1, &size);
     const fs_options options = plain(plan, find_rule("muon"));
-    const double hyper[] = {0.25, 0.75};
-    memcpy(plan->groups[0].hyper, hyper, sizeof hyper);
-    for (int t = 0; t < 2; t++) {
+    for (int convention = FS_TORCH; convention <= FS_OPTAX; convention++) {
+        const double hyper[] = {0.25, 0.75, convention};
+        memcpy(plan->groups[0].hyper, hyper, sizeof hyper);
         double param[3], buffer[3], direction[3];
         for (size_t e = 0; e < size; e++) {
             direction[e] = get(plan, 0, FS_STATE + 1, e);
             param[e] = get(plan, 0, FS_PARAM, e) - hyper[0] * direction[e];
-            buffer[e] = get(plan, 0, FS_STATE, e);
-            buffer[e] += 0.25 * (get(plan, 0, FS_GRAD, e) - buffer[e]);
+            buffer[e] = 0.75 * get(plan, 0, FS_STATE, e);
+            buffer[e] += (convention == FS_KERAS ? 1.0 : 0.25) * get(plan, 0, FS_GRAD, e);
         }
         CHECK(take_step(plan, options).applied);
         for (size_t e = 0; e < size; e++) {

@@ -256,7 +256,10 @@ KNOWN_TO: dict[str, tuple[tuple[str, ...], Any]] = {
     "lr_decay": (("torch",), 0),
     "amsgrad": (("torch", "keras", "optax", "tf"), False),
     "eps_root": (("optax",), None),
+    "adjust_lr_fn": (("torch", "optax"), "match_rms_adamw"),
     "use_bias_correction": (("torch",), True),
+    "r": (("torch",), 0),
+    "weight_lr_power": (("torch", "optax"), 0),
 }
 """Hyper-parameters that not all conventions of their rules know, and what they are in the others."""
 
@@ -290,7 +293,7 @@ def check_known(values: Mapping[str, Any]) -> None:
     convention = values.get("convention", "torch")
     for name, (_, otherwise) in KNOWN_TO.items():
         if not is_known(name, convention) and values.get(name, otherwise) != otherwise:
-            raise ValueError(f"{name}: expected {otherwise} for convention={convention!r}, got {values[name]}")
+            raise ValueError(f"{name}: expected {otherwise!r} for convention={convention!r}, got {values[name]!r}")
 
 
 def one_of(value: Any, choices: tuple[Any, ...], label: str) -> Any:

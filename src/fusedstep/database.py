@@ -183,6 +183,11 @@ ENTRIES = [
                 "adjust_lr_fn: expected one of None, 'original', 'match_rms_adamw', got 'keras'",
             ),
             ({"adamw_betas": (0.9, 1.0)}, ValueError, "adamw_betas[1]: expected a number in [0, 1), got 1.0"),
+            (
+                {"convention": "keras", "adjust_lr_fn": None},
+                ValueError,
+                "adjust_lr_fn: expected 'match_rms_adamw' for convention='keras', got None",
+            ),
         ],
         train={"muon": {"lr": 0.02, "adamw_lr_ratio": 0.15}},
     ),
@@ -300,13 +305,22 @@ ENTRIES = [
             ({"momentum": 1}, ValueError, "momentum: expected a number in (0, 1), got 1.0"),
             ({"r": -1}, ValueError, "r: expected a finite number >= 0, got -1"),
             ({"weight_lr_power": -2}, ValueError, "weight_lr_power: expected a finite number >= 0, got -2"),
+            ({"convention": "optax", "r": 1.0}, ValueError, "r: expected 0 for convention='optax', got 1.0"),
         ],
         train={"sf-sgd": {"lr": 1.0}},
     ),
     Entry(
         rules.ScheduleFreeAdamW,
         settings=[{}, {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "r": 0.5, "weight_decay": 0.1}],
-        invalid=[({"betas": (0.0, 0.999)}, ValueError, "betas[0]: expected a number in (0, 1), got 0.0")],
+        invalid=[
+            ({"betas": (0.0, 0.999)}, ValueError, "betas[0]: expected a number in (0, 1), got 0.0"),
+            ({"convention": "keras", "r": 0.5}, ValueError, "r: expected 0 for convention='keras', got 0.5"),
+            (
+                {"convention": "keras", "weight_lr_power": 2.0},
+                ValueError,
+                "weight_lr_power: expected 0 for convention='keras', got 2.0",
+            ),
+        ],
         train={"sf-adamw": {"lr": 0.01}},
     ),
 ]

@@ -32,9 +32,16 @@ LIBRARIES = {"torch": "PyTorch", "keras": "Keras", "optax": "optax"}
 TORCH_RULES = {
     **dict.fromkeys(("SGD", "Adagrad", "Adadelta", "Adafactor", "RMSprop", "Adamax", "ASGD"), ("coupled",)),
     **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam"), ("coupled", "decoupled")),
+    "Muon": ("decoupled",),
     "Rprop": (),
 }
 """Those whose states and hyper-parameters have the names they have here, with the kinds of weight decay they know."""
+
+TORCH_CONSTANTS: dict[str, dict[str, Any]] = {"Muon": {"maximize": False}}
+"""Hyper-parameters here that are constants there."""
+
+TORCH_UNCOUNTED = ("SGD", "Muon")
+"""Rules that do not count steps there."""
 
 KERAS_STATES = {
     "SGD": {"momentum": "momentum_buffer"},
@@ -47,16 +54,45 @@ KERAS_STATES = {
     "Adamax": {"momentum": "exp_avg", "norm": "exp_inf"},
     "Lion": {"momentum": "exp_avg"},
     "FTRL": {"accumulator": "accumulator", "linear": "linear"},
+    "Muon": {"momentum": "momentum_buffer"},  # other arrays have those of AdamW
+    "ScheduleFreeAdamW": {"momentum": "z", "velocity": "exp_avg_sq"},
 }
 KERAS_STATES["AdamW"] = KERAS_STATES["Adam"]
 """Names of states by how the names of variables end."""
 
-KERAS_CONSTANTS: dict[str, dict[str, Any]] = {"NAdam": {"momentum_decay": 1.0}}
+KERAS_NUMBERS: dict[str, Callable[[int, float], dict[str, float]]] = {
+    "ScheduleFreeAdamW": lambda step, lr: {"weight_sum": step, "lr_max": lr},
+}
+"""Numbers for each array that follow there from the number of steps and the learning rate."""
+
+KERAS_CONSTANTS: dict[str, dict[str, Any]] = {
+    "NAdam": {"momentum_decay": 1.0},
+    "Muon": {"eps": 1e-7, "adjust_lr_fn": "match_rms_adamw"},
+}
 """Hyper-parameters here that are constants there."""
 
+CONSTANTS_FOR_KERAS = {"learning_rate_power": -0.5, "rms_rate": 0.2}
+"""Those there that are constants here."""
+
+NONE_FOR_KERAS = (
+    "use_ema", "loss_scale_factor", "gradient_accumulation_steps", "l2_shrinkage_regularization_strength", "warmup_steps",
+)  # fmt: skip
+"""Those there that have nothing to do with the rule here, or that it does not have."""
+
 KERAS_HYPER = {
-    "lr": "learning_rate", "eps": "epsilon", "alpha": "rho", "clip_norm_per_array": "clipnorm", "clip_value": "clipvalue",
-}  # fmt: skip
+    "lr": ("learning_rate",),
+    "betas": ("beta_1", "beta_2"),
+    "eps": ("epsilon",),
+    "alpha": ("rho",),
+    "ns_coefficients": ("muon_a", "muon_b", "muon_c"),
+    "adamw_lr_ratio": ("adam_lr_ratio",),
+    "adamw_betas": ("adam_beta_1", "adam_beta_2"),
+    "adamw_eps": ("epsilon",),
+    "adamw_weight_decay": ("adam_weight_decay",),
+    "clip_norm_per_array": ("clipnorm",),
+    "clip_value": ("clipvalue",),
+}
+"""Those that have other names there, or are several numbers."""
 
 OPTAX_STATES = {
     "SGD": {"TraceState": {"trace": "momentum_buffer"}},
@@ -90,15 +126,30 @@ OPTAX_STATES = {
             "numerator_weighted": "d_numerator",
         }
     },
+    "Muon": {
+        "MuonState": {"mu": "momentum_buffer"},
+        "ScaleByAdamState": {"mu": "exp_avg", "nu": "exp_avg_sq"},
+    },
+    "ScheduleFreeSGD": {"ScheduleFreeState": {"z": "z", "weight_sum": "weight_sum", "max_lr": "lr_max"}},
+    "ScheduleFreeAdamW": {
+        "ScheduleFreeState": {"z": "z", "weight_sum": "weight_sum", "max_lr": "lr_max"},
+        "ScaleByRmsWithCountState": {"nu": "exp_avg_sq"},
+    },
 }
 OPTAX_STATES |= dict.fromkeys(("AdamW", "NAdam", "RAdam", "LAMB"), OPTAX_STATES["Adam"])
 """Names of states by the class and field that hold them."""
 
-OPTAX_COUNTS = ("count", "t")
-"""Fields that count the steps."""
-
 OPTAX_WRAPPERS = ("EmptyState", "ScaleByScheduleState", "MaskedState", "PartitionState", "InjectStatefulHyperparamsState")
 """Other classes in a chain, which hold a count, further states, or nothing."""
+
+OPTAX_INNER = ("inner_state", "inner_states", "base_optimizer_state")
+"""Fields with further states."""
+
+OPTAX_COUNTS = {"count": 0, "t": 0, "step_count": 1}
+"""Fields with a number of steps, and what they start from."""
+
+DECAYS = ("weight_decay", "adamw_weight_decay")
+"""Those of a rule's own arrays, and of others."""
 
 OWN = {AVERAGE, *RESIDUAL_NAMES}
 """States that only fusedstep has."""
@@ -130,7 +181,7 @@ def from_torch(
         The names that PyTorch's parameters have in `opt`, in PyTorch's order. By default both have the same parameters in
         the same groups and in the same order.
     step : int, optional
-        Number of steps taken. Needed for SGD, which does not count them in PyTorch.
+        Number of steps taken. Needed for SGD and Muon, which do not count them in PyTorch.
 
     Returns
     -------
@@ -232,16 +283,20 @@ def to_torch(opt: Optimizer, *, names: Sequence[str] | None = None) -> dict[str,
     """
     check_rule(opt, "torch", TORCH_RULES)
     torch = library("torch")
-    kinds = TORCH_RULES[type(opt).__name__]
+    rule = type(opt).__name__
+    kinds, constants = TORCH_RULES[rule], TORCH_CONSTANTS.get(rule, {})
     ordered = in_order(names, by_groups(opt))
     number = {name: i for i, name in enumerate(ordered)}
     step, hypers, states = exported(opt)
+    for (name, part), param in zip(parts_of(opt, hypers).items(), opt._params):
+        if part.rule is not type(opt):
+            raise ValueError(f"params[{name!r}]: expected a matrix for {rule} of PyTorch, got shape {param.shape}")
     groups = []
     for i, (group, values) in enumerate(zip(opt.param_groups, hypers)):
-        check_same(values, {"l1": 0.0, "bounds": None}, f"param_groups[{i}]", "torch")
+        check_same(values, {"l1": 0.0, "bounds": None, **constants}, f"param_groups[{i}]", "torch")
         decay = check_decay(values, f"param_groups[{i}]", "torch", kinds)
         known = {key: values[key] for key in torch_keys(opt)}
-        if "decoupled" in kinds:
+        if len(kinds) > 1:
             known["decoupled_weight_decay"] = decay == "decoupled"
         groups.append({**known, "params": sorted(number[name] for name in group["names"])})
     groups.sort(key=lambda group: group["params"])
@@ -254,7 +309,7 @@ def to_torch(opt: Optimizer, *, names: Sequence[str] | None = None) -> dict[str,
         for n in group["params"]:
             own = {key: torch.from_numpy(array) for key, array in states[ordered[n]].items()}
             if not scalars and step == 0:
-                own = dict.fromkeys(own)  # no buffer yet: the first step does not dampen
+                own = {}  # no buffer yet: the first step does not dampen
             result[n] = {**{key: torch.tensor(float(value), dtype=dtype) for key, value in scalars.items()}, **own}
     return {"state": result, "param_groups": groups}
 
@@ -262,7 +317,7 @@ def to_torch(opt: Optimizer, *, names: Sequence[str] | None = None) -> dict[str,
 def torch_scalars(opt: Optimizer, step: int, hyper: Mapping[str, Any]) -> dict[str, float]:
     """What PyTorch keeps as numbers for each parameter, and here follows from the number of steps."""
     rule = type(opt).__name__
-    if rule == "SGD":
+    if rule in TORCH_UNCOUNTED:
         return {}
     if rule == "NAdam":
         return {"step": step, "mu_product": reference.nadam_product(step, hyper["betas"][0], hyper["momentum_decay"])}
@@ -276,6 +331,7 @@ def torch_keys(opt: Optimizer) -> list[str]:
     """The hyper-parameters that are called the same in a group of PyTorch, and always there."""
     decay = ["weight_decay"] if TORCH_RULES[type(opt).__name__] else []
     own = [key for key in opt._group_defaults if key not in _hyper.OPTION_DEFAULTS and _hyper.is_known(key, "torch")]
+    own = [key for key in own if not key.startswith("adamw_")]
     return [*own, *decay, "maximize"]
 
 
@@ -314,8 +370,8 @@ def from_keras(opt: Optimizer, keras_optimizer: Any, *, names: Sequence[str] | N
     Raises
     ------
     TypeError, ValueError
-        If rule or number of variables differ, or Keras accumulates, averages or scales. All else ``opt.load_state_dict``
-        checks.
+        If rule or number of variables differ, or Keras accumulates, averages or scales, or its Muon takes other arrays for
+        matrices. All else ``opt.load_state_dict`` checks.
 
     Examples
     --------
@@ -327,14 +383,19 @@ def from_keras(opt: Optimizer, keras_optimizer: Any, *, names: Sequence[str] | N
     ``keras.src.optimizers``; a velocity of its SGD is minus the ``momentum_buffer`` here.
     """
     _, variables, hypers = keras_parts(opt, keras_optimizer, names)
-    states = {name: {key: np.asarray(variable) for key, variable in own.items()} for name, own in variables.items()}
+    step, rate = int(np.asarray(keras_optimizer.iterations)), float(np.asarray(keras_optimizer.learning_rate))
+    numbers = KERAS_NUMBERS[type(opt).__name__](step, rate) if opt._numbers else {}
+    states = {
+        name: {key: np.asarray(value, NUMBER.dtype) for key, value in numbers.items()}
+        | {key: np.asarray(variable) for key, variable in own.items()}
+        for name, own in variables.items()
+    }
     if not has_constant_rate(keras_optimizer):
         for i, group in enumerate(opt.param_groups):
             if not callable(group["lr"]):
                 raise ValueError(f"param_groups[{i}]['lr']: expected a schedule like that of Keras, got {group['lr']!r}")
     decay = {"decoupled_weight_decay": True, "decay_mode": None}
     hypers = {name: {**own, **decay} for name, own in hypers.items()}
-    step = int(np.asarray(keras_optimizer.iterations))
     return imported(opt, step, states, hypers, {"clip_norm": keras_optimizer.global_clipnorm or None})
 
 
@@ -381,6 +442,8 @@ def to_keras(opt: Optimizer, keras_optimizer: Any, *, names: Sequence[str] | Non
         same = {key: value for key, value in theirs[name].items() if key not in ("lr", "initial_accumulator_value")}
         check_same(ours[name], same, f"params[{name!r}]", "keras")
         for key, array in states[name].items():
+            if key in opt._numbers:
+                continue
             check_shape(array, variables[name][key].shape, f"keras_optimizer: {key} of params[{name!r}]")
             changes.append((variables[name][key], array))
     if has_constant_rate(keras_optimizer):
@@ -406,30 +469,39 @@ def keras_parts(
     if not keras_optimizer.built:
         raise ValueError(f"{label}: expected one that is built, got one without variables")
     config = keras_optimizer.get_config()
-    for key in ("use_ema", "loss_scale_factor", "gradient_accumulation_steps", "l2_shrinkage_regularization_strength"):
+    for key in NONE_FOR_KERAS:
         if config.get(key):
             raise ValueError(f"{label}: expected no {key}, got {config[key]!r}")
-    if config.get("learning_rate_power", -0.5) != -0.5:
-        raise ValueError(f"{label}: expected learning_rate_power=-0.5, got {config['learning_rate_power']!r}")
+    for key, wanted in CONSTANTS_FOR_KERAS.items():
+        if config.get(key, wanted) != wanted:
+            raise ValueError(f"{label}: expected {key}={wanted}, got {config[key]!r}")
     trained = keras_optimizer._trainable_variables
     ordered = in_order(names, opt._names)
     if len(trained) != len(ordered):
         raise ValueError(f"{label}: expected variables for {ordered}, got {len(trained)}")
+    parts = parts_of(opt, opt._resolve(opt.param_groups, opt.steps))
+    tables = {name: KERAS_STATES[parts[name].rule.__name__] for name in ordered}
     variables: dict[str, dict[str, Any]] = {name: {} for name in ordered}
-    for suffix, key in KERAS_STATES[rule].items():
+    for suffix in sorted({suffix for table in KERAS_STATES.values() for suffix in table}):
         found = [variable for variable in keras_optimizer.variables if variable.name.endswith(f"_{suffix}")]
-        if found and len(found) != len(ordered):
-            raise ValueError(f"{label}: expected one {suffix} for each variable, got {len(found)}")
-        for name, variable in zip(ordered, found):
-            variables[name][key] = variable
-    if "beta_1" in config:
-        config["betas"] = config["beta_1"], config["beta_2"]
+        owners = [name for name in ordered if suffix in tables[name]]
+        if found and len(found) != len(owners):
+            raise ValueError(f"{label}: expected one {suffix} for each of {owners}, got {len(found)}")
+        for name, variable in zip(owners, found):
+            variables[name][tables[name][suffix]] = variable
     for key in ("clipnorm", "clipvalue"):
         config[key] = config[key] or None  # 0 is none
-    known = {key: config[KERAS_HYPER.get(key, key)] for key in opt._group_defaults if KERAS_HYPER.get(key, key) in config}
+    known: dict[str, Any] = {}
+    for key in opt._group_defaults:
+        values = [config[theirs] for theirs in KERAS_HYPER.get(key, (key,)) if theirs in config]
+        if values:
+            known[key] = values[0] if len(values) == 1 else tuple(values)
     known |= KERAS_CONSTANTS.get(rule, {})
-    decays = [config["weight_decay"] or 0.0 if keras_optimizer._use_weight_decay(variable) else 0.0 for variable in trained]
-    hypers = {name: {**known, "weight_decay": decay} for name, decay in zip(ordered, decays)}
+    own, others = (known.pop(key, None) or 0.0 for key in DECAYS)
+    hypers: Hypers = {}
+    for name, variable in zip(ordered, trained):
+        key, decay = (DECAYS[0], own) if parts[name].rule is type(opt) else (DECAYS[1], others)
+        hypers[name] = {**known, key: decay if keras_optimizer._use_weight_decay(variable) else 0.0}
     return ordered, variables, hypers
 
 
@@ -556,10 +628,11 @@ def with_changes(opt: Optimizer, node: Any, label: str, change: Callable[[str, s
     new = {}
     for field, value in zip(node._fields, node):
         own = f"{label}.{field}"
-        if field in ("inner_state", "inner_states"):
+        if field in OPTAX_INNER:
             new[field] = with_changes(opt, value, own, change)
         elif field in OPTAX_COUNTS:
-            new[field] = change(own, "step", "", value)
+            first = OPTAX_COUNTS[field]
+            new[field] = change(own, "step", "", value - first) + first
         elif field in kinds.get(kind, {}):
             key = kinds[kind][field]
             leaves, structure = tree.tree_flatten_with_path(value)
@@ -593,7 +666,7 @@ def imported(
                     raise ValueError(f"{label}: expected one value for {group['names']}, got {new[key]!r} and {value!r}")
         group.update(new)
         resolved[i] = {**resolved[i], **new}
-    parts = dict(zip(opt._names, map(opt._parts(resolved).__getitem__, opt._part_of)))
+    parts = parts_of(opt, resolved)
     for name, own in states.items():
         here = {key: array for key, array in saved["state"].get(name, {}).items() if key in OWN}
         if step == 0 and name in parts:  # some libraries make their state in the first step
@@ -603,6 +676,11 @@ def imported(
     saved["step"] = step
     saved["options"] |= options
     return saved
+
+
+def parts_of(opt: Optimizer, resolved: list[dict[str, Any]]) -> dict[str, Part]:
+    """Rule and hyper-parameters of each parameter."""
+    return dict(zip(opt._names, map(opt._parts(resolved).__getitem__, opt._part_of)))
 
 
 def initial_states(part: Part, param: Array) -> dict[str, Array]:
@@ -650,7 +728,7 @@ def as_numbers(value: Any) -> Any:
     """A hyper-parameter as numbers of Python, which may have been tensors."""
     if isinstance(value, (tuple, list)):
         return tuple(map(as_numbers, value))
-    return value if value is None or isinstance(value, bool) else float(value)
+    return value.item() if hasattr(value, "item") else value
 
 
 def the_step(counts: Mapping[str, float], step: int | None, label: str, least: int = 0) -> int:
@@ -696,7 +774,7 @@ def check_same(values: Mapping[str, Any], wanted: Mapping[str, Any], label: str,
 def check_decay(values: Mapping[str, Any], label: str, convention: str, kinds: tuple[str, ...]) -> str:
     """The kind of weight decay, which the other library has to know if there is any."""
     decay = _hyper.decay_mode(values)
-    if values["weight_decay"] != 0 and decay not in kinds:
+    if any(values.get(key, 0) != 0 for key in DECAYS) and decay not in kinds:
         wanted = " or ".join(map(repr, kinds)) or "no weight_decay"
         raise ValueError(f"decay_mode of {label}: expected {wanted} as in {LIBRARIES[convention]}, got {decay!r}")
     return decay

@@ -95,7 +95,7 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         operands = Operands(arrays[:n], unit_axes=unit_axes, numbers=arrays[n:])
         if optimizer._direction is not None:
             hyper = {name: value for name, value in values.items() if name in _backends.keywords(optimizer._direction)}
-            operands = operands.and_state(optimizer._direction(param, grad, *arrays, **hyper))
+            operands = operands.and_state(optimizer._direction(param, grad, *arrays, step=given["step"], **hyper))
         plan = _backends.require_core().Plan([param], [operands], [0], [optimizer._kernel_name(states[:n], values)])
         plan.steps = given["step"] - 1
         plan.bind([grad])

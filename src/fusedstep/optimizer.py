@@ -545,6 +545,7 @@ class Optimizer:
             own = {key: value for key, value in hyper.items() if key in _backends.keywords(rule._direction)}
             own |= {"grad_scale": grad_scale, "zero_nonfinite": self.nonfinite == "zero"}
             own |= {"clip_factor": self._plan.clip_factor(i), "unit_axes": operands.unit_axes}
+            own["step"] = self._plan.steps + 1
             operands.states[-1][...] = rule._direction(exact, self._plan.grads[i], *states, **own)
 
     def accumulate(self, grads: Any = None) -> None:

@@ -600,12 +600,13 @@ def muon(
     ns_steps: int = 5,
     eps: float = 1e-7,
     adjust_lr_fn: str | None = None,
+    convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> None:
     """Muon of a matrix with decoupled weight decay of 0.1 unless given; see :class:`fusedstep.Muon`."""
-    hyper = (momentum, nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn)
+    hyper = (momentum, nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn, convention)
     with operands(param, grad, momentum_buffer, lr=lr, **muon_stages(stages)) as (p, g, b):
-        p -= lr * muon_along(g, b, param.shape, *hyper)
+        p -= lr * muon_along(g, b, param.shape, step, *hyper)
 
 
 def muon_direction(
@@ -613,6 +614,7 @@ def muon_direction(
     grad: Array,
     momentum_buffer: Array,
     *,
+    step: int,
     lr: float = 1e-3,
     momentum: float = 0.95,
     nesterov: bool = True,
@@ -620,12 +622,13 @@ def muon_direction(
     ns_steps: int = 5,
     eps: float = 1e-7,
     adjust_lr_fn: str | None = None,
+    convention: str = "torch",
     **stages: Unpack[Stages],
 ) -> Array:
     """What :func:`muon` would take a step along; nothing changes."""
-    hyper = (momentum, nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn)
+    hyper = (momentum, nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn, convention)
     with operands(param.copy(), grad, momentum_buffer.copy(), lr=lr, **muon_stages(stages)) as (_, g, b):
-        return muon_along(g, b, param.shape, *hyper).reshape(param.shape)
+        return muon_along(g, b, param.shape, step, *hyper).reshape(param.shape)
 
 
 def muon_stages(stages: Stages) -> Stages:
@@ -636,26 +639,34 @@ def muon_along(
     g: Array,
     b: Array,
     shape: tuple[int, ...],
+    step: int,
     momentum: float,
     nesterov: bool,
     ns_coefficients: tuple[float, float, float],
     ns_steps: int,
     eps: float,
     adjust_lr_fn: str | None,
+    convention: str,
 ) -> Array:
     """Move the flat buffer; return the flat direction."""
     if len(shape) != 2:
         raise ValueError(f"param: expected a matrix, got shape {shape}")
-    b += (1 - momentum) * (g - b)
-    ahead = g + momentum * (b - g) if nesterov else b
-    n_rows, n_columns = shape
-    ratio = math.sqrt(max(1, n_rows / max(1, n_columns)))
+    weight = 1.0 if convention == "keras" else 1 - momentum
+    b[:] = momentum * b + weight * g
+    correction = next_correction = 1.0
+    if convention == "optax":
+        correction, next_correction = 1 - momentum**step, 1 - momentum ** (step + 1)
+    ahead = momentum / next_correction * b + weight / correction * g if nesterov else 1 / correction * b
+    n_outputs, n_inputs = reversed(shape) if convention == "optax" else shape
+    ratio = math.sqrt(max(1, n_outputs / max(1, n_inputs)))
     if adjust_lr_fn == "match_rms_adamw":
         ratio = 0.2 * math.sqrt(max(shape))
-    return ratio * orthogonalized(ahead.reshape(shape), ns_coefficients, ns_steps, eps).reshape(-1)
+    return ratio * orthogonalized(ahead.reshape(shape), ns_coefficients, ns_steps, eps, convention).reshape(-1)
 
 
-def orthogonalized(matrix: Array, coefficients: tuple[float, float, float], n_steps: int, eps: float) -> Array:
+def orthogonalized(
+    matrix: Array, coefficients: tuple[float, float, float], n_steps: int, eps: float, convention: str = "torch"
+) -> Array:
     """A matrix with its singular values moved towards 1, by steps of Newton and Schulz.
 
     Its products are NumPy's, and so their bits those of its BLAS.
@@ -663,7 +674,8 @@ def orthogonalized(matrix: Array, coefficients: tuple[float, float, float], n_st
     a, b, c = coefficients
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     total, exponent = scaled_sum_squares(matrix.reshape(-1))
-    x = x / max(ldexp(math.sqrt(total), exponent), eps)
+    size = ldexp(math.sqrt(total), exponent)
+    x = x / (max(size, eps) if convention == "torch" else size + eps)
     for _ in range(n_steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * (gram @ gram)) @ x

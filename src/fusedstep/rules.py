@@ -567,7 +567,10 @@ class Muon(Optimizer):
         x_{i+1} &= a x_i + (b \, x_i x_i^T + c \, (x_i x_i^T)^2) x_i \\
         p_t &= (1 - \gamma \lambda) p_{t-1} - \gamma \sqrt{\max(1, \text{rows} / \text{columns})} \, x_k
 
-    Newton and Schulz's iteration takes the smaller of :math:`x x^T` and :math:`x^T x`.
+    Newton and Schulz's iteration takes the smaller of :math:`x x^T` and :math:`x^T x`. In "keras"
+    :math:`b_t = \mu b_{t-1} + g_t` and, Nesterov, :math:`d_t = g_t + \mu b_t`; in "optax" averages are corrected:
+    :math:`d_t = b_t / (1 - \mu^t)` or :math:`\mu b_t / (1 - \mu^{t+1}) + (1 - \mu) g_t / (1 - \mu^t)`. Both divide by
+    :math:`\lVert d_t \rVert + \epsilon`.
 
     Parameters
     ----------
@@ -588,8 +591,9 @@ class Muon(Optimizer):
     eps : float
         :math:`\epsilon`.
     adjust_lr_fn : {None, "original", "match_rms_adamw"}
-        The factor of the step: None and "original" as above; or :math:`0.2 \sqrt{\max(\text{rows}, \text{columns})}`, with
-        which learning rates are about those of AdamW.
+        The factor of the step: None and "original" as above, but in "optax", where inputs come first, with columns / rows;
+        or :math:`0.2 \sqrt{\max(\text{rows}, \text{columns})}`, with which learning rates are about those of AdamW. Keras
+        has only the latter here, its ``rms_rate=0.2``; optax calls it ``consistent_rms=0.2``.
     adamw_lr_ratio : float
         The learning rate of other arrays is as many times `lr`.
     adamw_betas, adamw_eps, adamw_weight_decay
@@ -597,6 +601,10 @@ class Muon(Optimizer):
 
     Notes
     -----
+    In "keras" decoupled decay of other arrays is by `lr`, without their ratio. In "optax" other arrays know `nesterov`, too:
+    then they have the steps of :class:`NAdam`, with this decay. There are no other kinds of preconditioning there, nor
+    coefficients for each iteration.
+
     PyTorch rounds matrices to bfloat16 for the iteration; here it is done in the type parameters are computed in, with
     NumPy's products by both backends. Their bits are the same on one machine, for one BLAS and its number of threads, and
     not promised beyond: they are the one thing here that is left to a BLAS. With the compiled kernels each matrix has a
@@ -622,6 +630,11 @@ class Muon(Optimizer):
     _rule = staticmethod(reference.muon)
     _direction = staticmethod(reference.muon_direction)
     _has_others = True
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 4e-3, "adamw_eps": 1e-7, "adamw_weight_decay": 4e-3},
+        "optax": {"lr": REQUIRED, "eps": 1e-8, "weight_decay": 0.0, "adamw_weight_decay": 0.0},
+    }
     _option_defaults: ClassVar[dict[str, Any]] = {"weight_decay": 0.1, "decoupled_weight_decay": True}
 
     def __init__(
@@ -676,9 +689,12 @@ class Muon(Optimizer):
             "eps": hyper["adamw_eps"],
             "eps_root": None,
             "weight_decay": hyper["adamw_weight_decay"],
-            "amsgrad": False,
         }
-        return Part(AdamW, {**hyper, **own})
+        if hyper["convention"] == "keras" and _hyper.decay_mode(hyper) == "decoupled":
+            own |= {"weight_decay": hyper["lr"] * hyper["adamw_weight_decay"], "decay_mode": "independent"}
+        if hyper["convention"] == "optax" and hyper["nesterov"]:
+            return Part(NAdam, {**hyper, **own, "momentum_decay": 0.0})
+        return Part(AdamW, {**hyper, **own, "amsgrad": False})
 
 
 class NAdam(Optimizer):
@@ -1649,7 +1665,8 @@ class ScheduleFreeSGD(ScheduleFree):
     :math:`x` is computed from :math:`y` and :math:`z` when it is asked for. The sum of the weights and the largest learning
     rate are the states ``weight_sum`` and ``lr_max``, numbers for each array. `weight_decay` and `l1` take :math:`y` for the
     parameter; other kinds of decay and `bounds` change it alone. With an `ema_decay` the averages are those that it makes of
-    :math:`y`.
+    :math:`y`. optax has no `r`, and with a schedule weighs each step by the learning rates up to that of the next one, which
+    here are those up to its own.
 
     Examples
     --------
@@ -1670,6 +1687,7 @@ class ScheduleFreeSGD(ScheduleFree):
     """
 
     _rule = staticmethod(reference.schedule_free_sgd)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}, "optax": {}}
 
     def __init__(
         self,
@@ -1726,7 +1744,8 @@ class ScheduleFreeAdamW(ScheduleFree):
     Notes
     -----
     See :class:`ScheduleFreeSGD`. ``weight_decay``, :math:`\lambda`, is part of the direction, which is its authors' way to
-    decouple it, unless another kind is asked for. Keras has ``weight_lr_power=0`` and ``decoupled_weight_decay=True``.
+    decouple it, unless another kind is asked for. Keras, too, has no `r`, and no `weight_lr_power`: all steps have the same
+    weight.
 
     Examples
     --------
@@ -1745,6 +1764,11 @@ class ScheduleFreeAdamW(ScheduleFree):
 
     _rule = staticmethod(reference.schedule_free_adamw)
     _non_negative_states = ("exp_avg_sq",)
+    _conventions: ClassVar[dict[str, dict[str, Any]]] = {
+        "torch": {},
+        "keras": {"weight_lr_power": 0.0, "decoupled_weight_decay": True},
+        "optax": {},
+    }
 
     def __init__(
         self,
