@@ -186,3 +186,16 @@ def test_against_optax(rng):
             theirs = optax.apply_updates(theirs, updates)
         # Its count, and what that is raised to, are float32. Worst seen: 2.8e-9.
         np.testing.assert_allclose(param, theirs, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", ["c", "reference"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("convention", ["torch", "keras"])
+def test_rows_and_columns_without_gradients(convention, dtype, backend):
+    """Where they meet, their product is too small for float32; PyTorch and Keras make it 0 / 0."""
+    w, grad = np.ones((3, 4), dtype), np.ones((3, 4), dtype)
+    grad[1] = grad[:, 2] = 0
+    opt = fs.Adafactor(w, 0.5, eps=(1e-30, 1e-3), convention=convention, backend=backend)
+    opt.step(grad)
+    assert (w == np.where(grad == 0, 1, w[0, 0])).all()
+    assert w[0, 0] == pytest.approx(0.5, rel=1e-6)

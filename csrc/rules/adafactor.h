@@ -5,7 +5,9 @@
  *     d = g / max(sqrt(v), eps1)
  *     p = (1 - lr weight_decay) p - max(eps2, rms(p)) min(lr, 1 / sqrt(step)) / max(1, rms(d) / limit) d
  *
- * with 1 - beta2 = step^beta2_decay. Keras has eps1 beside the squares of gradients in place of there.
+ * with 1 - beta2 = step^beta2_decay. Keras has eps1 beside the squares of gradients in place of there. A v too
+ * small for the type, like the product of a row and a column that saw no gradients, counts as the smallest normal number:
+ * 0 / 0 would be nan.
  */
 #ifndef real
 
@@ -36,8 +38,10 @@ static void adafactor_scale(const adafactor_hyper *h, const fs_whole *whole, dou
 
 HELPER(adafactor_along)(real g, real v, const adafactor_coefs *c)
 {
-    const double least = or_epsilon(c->factoring.least, sizeof(real));
-    return g / SQRT(v < (real)(least * least) ? (real)(least * least) : v);
+    const double least = or_epsilon(c->factoring.least, sizeof(real)), square = least * least;
+    const double smallest = sizeof(real) == sizeof(float) ? 0x1p-126 : 0x1p-1022;
+    const real least_v = (real)(square < smallest ? smallest : square);
+    return g / SQRT(v < least_v ? least_v : v);
 }
 
 HELPER(adafactor_moved)(real p, real direction, const adafactor_coefs *c)

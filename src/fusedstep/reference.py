@@ -793,7 +793,8 @@ def adafactor(
         for v in own:
             v += weight * ((g * g + inside) - v)
         v = own[0] if own else factored_variance(g, param.shape, row_var, col_var, weight, inside, least)
-        direction = g / np.sqrt(np.where(v < least * least, g.dtype.type(least * least), v))
+        smallest = g.dtype.type(max(least * least, float(np.finfo(g.dtype).tiny)))  # 0 / 0 would be nan
+        direction = g / np.sqrt(np.where(v < smallest, smallest, v))
         root = math.sqrt(max(1, p.size))
         rate = max(norm(p) / root, eps[1]) * min(lr, 1 / math.sqrt(step)) / max(norm(direction) / root / d, 1.0)
         p[:] = (1 - lr * weight_decay) * p - rate * direction
