@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import SETTINGS, assert_same_bits, setting_id, snapshot
-from test_conventions import KERAS, OPTAX, problem
+from test_conventions import KERAS, OPTAX, SHAPES, problem
 
 import fusedstep as fs
 from fusedstep import database, interop
@@ -94,9 +94,9 @@ class Optax:
         return interop.from_optax(opt, self.state, step=step)
 
 
-def compare(order, dtype, there, here, here_again):
+def compare(order, dtype, there, here, here_again, shapes=SHAPES):
     """`there(arrays)` makes one of the classes above, `here` an optimizer, `here_again` one to load state into."""
-    start, grads = problem()
+    start, grads = problem(shapes=shapes)
     start, grads = [p.astype(dtype) for p in start], [[np.asarray(g).astype(dtype) for g in gs] for gs in grads[:15]]
     whole = there(start)
     for g in grads:
@@ -126,7 +126,11 @@ def compare(order, dtype, there, here, here_again):
 
 
 DECAY = [(entry, {"weight_decay": 0.1, "maximize": True}) for entry in database.ENTRIES if entry.torch_name != "Rprop"]
-TORCH = [(entry, settings) for entry, settings in SETTINGS + DECAY if entry.torch_name is not None]
+TORCH = [
+    (entry, settings)
+    for entry, settings in SETTINGS + DECAY
+    if entry.torch_name is not None and "min_dim_size_to_factor" not in settings
+]
 
 
 @pytest.fixture
@@ -173,12 +177,28 @@ def test_keras(keras, rule, settings, name, theirs, dtype, order):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("rule", "settings", "make"), OPTAX)
-def test_optax(rule, settings, make, dtype, order):
+def test_optax(rule, settings, make, dtype, order, exact_decay):
     def here(arrays):
         return getattr(fs, rule)(arrays, convention="optax", **settings)
 
     with jax.enable_x64(True):
         compare(order, dtype, lambda start: Optax(start, make), here, here)
+
+
+FACTORED = [(4, 3), (3, 3), (2, 3, 4), (2, 4, 3), (1, 2, 3, 2), (1, 5), (5, 1), (1, 1), (1,), (3,)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("min_dim_size", [1, 2, 3])
+def test_rows_and_columns_of_optax(min_dim_size, order, exact_decay):
+    """Which is which depends on the longer axis there; what is not factored has placeholders."""
+
+    def here(arrays):
+        return fs.Adafactor(arrays, lr=0.1, min_dim_size_to_factor=min_dim_size, convention="optax")
+
+    with jax.enable_x64(True):
+        make = lambda: optax.adafactor(0.1, min_dim_size_to_factor=min_dim_size)  # noqa: E731
+        compare(order, np.float64, lambda start: Optax(start, make), here, here, FACTORED)
 
 
 # ---- PyTorch: state dicts written by hand -------------------------------------------------------------------------------
@@ -417,6 +437,17 @@ def test_torch_before_the_first_step(entry, settings, scalars):
     for a, b, c in zip(theirs.arrays(), back.arrays(), opt._params):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(c, a, rtol=0, atol=TOLERANCE[np.float64] * np.abs(a).max())
+
+
+def test_torch_factors_every_matrix(theirs):
+    group = {"lr": 0.5, "beta2_decay": -0.5, "eps": (None, 1e-3), "d": 1.0, "weight_decay": 0, "params": [0]}
+    state = {0: {"step": np.float32(3), "row_var": np.ones((2, 1)), "col_var": np.ones((1, 3))}}
+    opt = fs.Adafactor(np.ones((2, 3)), min_dim_size_to_factor=3)
+    with pytest.raises(ValueError) as caught:
+        interop.to_torch(opt)
+    assert str(caught.value) == "min_dim_size_to_factor of param_groups[0]: expected 1 as in PyTorch, got 3"
+    opt.load_state_dict(interop.from_torch(opt, {"state": state, "param_groups": [group]}))
+    assert (opt.param_groups[0]["min_dim_size_to_factor"], list(opt.state["0"])) == (1, ["row_var", "col_var"])
 
 
 @pytest.mark.parametrize("dtype", [np.float64])
@@ -872,6 +903,27 @@ def test_numbers_that_optax_has_once():
         interop.to_optax(opt, there)
     numbers = [float(own["d"]) for own in opt.state.values()]
     assert str(caught.value) == f"opt_state.estim_lr: expected the same d of all arrays, got {numbers}"
+
+
+def test_optax_that_factors_other_arrays():
+    params = {"a": np.ones((2, 3), np.float32), "b": np.ones((1, 1), np.float32)}
+    there = optax.adafactor(min_dim_size_to_factor=2).init(params)
+    opt = fs.Adafactor(params, min_dim_size_to_factor=3, convention="optax")
+    with pytest.raises(ValueError) as caught:
+        opt.load_state_dict(interop.from_optax(opt, there))
+    assert str(caught.value) == "state_dict['state']['a']: expected ['variance'], got ['col_var', 'row_var', 'variance']"
+    with pytest.raises(ValueError) as caught:
+        interop.to_optax(opt, there)
+    message = "opt_state[0].v_row: expected no row_var of params['a'], which opt does not have, got one"
+    assert str(caught.value) == message
+    opt.param_groups[0]["min_dim_size_to_factor"] = 2  # is looked at before the next step
+    opt.load_state_dict(interop.from_optax(opt, there))
+    assert [list(own) for own in opt.state.values()] == [["row_var", "col_var"], ["variance"]]
+    opt.param_groups[0]["min_dim_size_to_factor"] = 1
+    with pytest.raises(ValueError) as caught:
+        interop.to_optax(opt, there)
+    message = "opt_state[0].v: expected no variance of params['b'], which opt does not have, got one"
+    assert str(caught.value) == message
 
 
 # ---- What all have in common --------------------------------------------------------------------------------------------

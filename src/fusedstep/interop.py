@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 
 from . import _arrays, _hyper, reference
 from .optimizer import Optimizer, Part
-from .state import AVERAGE, NUMBER, RESIDUAL_NAMES, SCALE, shape_of
+from .state import AVERAGE, FACTORS, NUMBER, RESIDUAL_NAMES, SCALE, shape_of
 
 Array = NDArray[Any]
 Arrays = dict[str, dict[str, Array]]
 Hypers = dict[str, dict[str, Any]]
 """Hyper-parameters by the name of a parameter."""
+Change = Callable[[str, str, str, Any], Any]
+"""Of a leaf of an optax state, given its label, the state it is here, the name of the parameter, and itself."""
 
 LIBRARIES = {"torch": "PyTorch", "keras": "Keras", "optax": "optax"}
 
@@ -51,7 +53,10 @@ KERAS_STATES = {
 KERAS_STATES["AdamW"] = KERAS_STATES["Adam"]
 """Names of states by how the names of variables end."""
 
-KERAS_CONSTANTS: dict[str, dict[str, Any]] = {"NAdam": {"momentum_decay": 1.0}}
+CONSTANTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("torch", "Adafactor"): {"min_dim_size_to_factor": 1},
+    ("keras", "NAdam"): {"momentum_decay": 1.0},
+}
 """Hyper-parameters here that are constants there."""
 
 KERAS_HYPER = {
@@ -62,6 +67,7 @@ OPTAX_STATES = {
     "SGD": {"TraceState": {"trace": "momentum_buffer"}},
     "Adagrad": {"ScaleByRssState": {"sum_of_squares": "sum"}},
     "Adadelta": {"ScaleByAdaDeltaState": {"e_g": "square_avg", "e_x": "acc_delta"}},
+    "Adafactor": {"FactoredState": {"v_row": "row_var", "v_col": "col_var", "v": "variance"}},
     "RMSprop": {
         "ScaleByRmsState": {"nu": "square_avg"},
         "ScaleByRStdDevState": {"nu": "square_avg", "mu": "grad_avg"},
@@ -230,7 +236,7 @@ def to_torch(opt: Optimizer, *, names: Sequence[str] | None = None) -> dict[str,
     step, hypers, states = exported(opt)
     groups = []
     for i, (group, values) in enumerate(zip(opt.param_groups, hypers)):
-        check_same(values, {"l1": 0.0, "bounds": None}, f"param_groups[{i}]", "torch")
+        check_same(values, {"l1": 0.0, "bounds": None, **constants(opt)}, f"param_groups[{i}]", "torch")
         decay = check_decay(values, f"param_groups[{i}]", "torch", kinds)
         known = {key: values[key] for key in torch_keys(opt)}
         if "decoupled" in kinds:
@@ -267,7 +273,7 @@ def torch_scalars(opt: Optimizer, step: int, hyper: Mapping[str, Any]) -> dict[s
 def torch_keys(opt: Optimizer) -> list[str]:
     """The hyper-parameters that are called the same in a group of PyTorch, and always there."""
     decay = ["weight_decay"] if TORCH_RULES[type(opt).__name__] else []
-    return [*(key for key in opt._group_defaults if key not in _hyper.OPTION_DEFAULTS), *decay, "maximize"]
+    return [*(key for key in opt._group_defaults if key not in _hyper.OPTION_DEFAULTS | constants(opt)), *decay, "maximize"]
 
 
 def torch_hyper(opt: Optimizer, group: Mapping[str, Any], label: str) -> dict[str, Any]:
@@ -278,7 +284,7 @@ def torch_hyper(opt: Optimizer, group: Mapping[str, Any], label: str) -> dict[st
     # What older versions of PyTorch had no key for, and some of its rules have none for today.
     theirs = {**_hyper.OPTION_DEFAULTS, **opt._option_defaults, **group}
     known = (*torch_keys(opt), "weight_decay", "decoupled_weight_decay")
-    return {**{key: as_numbers(theirs[key]) for key in known}, "decay_mode": None}
+    return {**{key: as_numbers(theirs[key]) for key in known}, **constants(opt), "decay_mode": None}
 
 
 # ---- Keras --------------------------------------------------------------------------------------------------------------
@@ -418,7 +424,7 @@ def keras_parts(
     for key in ("clipnorm", "clipvalue"):
         config[key] = config[key] or None  # 0 is none
     known = {key: config[KERAS_HYPER.get(key, key)] for key in opt._group_defaults if KERAS_HYPER.get(key, key) in config}
-    known |= KERAS_CONSTANTS.get(rule, {})
+    known |= constants(opt)
     decays = [config["weight_decay"] or 0.0 if keras_optimizer._use_weight_decay(variable) else 0.0 for variable in trained]
     hypers = {name: {**known, "weight_decay": decay} for name, decay in zip(ordered, decays)}
     return ordered, variables, hypers
@@ -533,7 +539,7 @@ def to_optax(opt: Optimizer, opt_state: Any) -> Any:
     return result
 
 
-def with_changes(opt: Optimizer, node: Any, label: str, change: Callable[[str, str, str, Any], Any]) -> Any:
+def with_changes(opt: Optimizer, node: Any, label: str, change: Change) -> Any:
     """An optax state in which ``change(label, key, name, leaf)`` has replaced counts and the states of parameters."""
     kind = type(node).__name__
     if isinstance(node, dict):
@@ -561,8 +567,25 @@ def with_changes(opt: Optimizer, node: Any, label: str, change: Callable[[str, s
                 new[field] = changed[0] if changed else value
                 continue
             named = [(tree.keystr(path, simple=True, separator=".") or "0", leaf) for path, leaf in leaves]
-            new[field] = structure.unflatten([change(own, key, name, leaf) for name, leaf in named])
+            change_leaf = of_factors(opt, change) if kind == "FactoredState" else change
+            new[field] = structure.unflatten([change_leaf(own, key, name, leaf) for name, leaf in named])
     return node._replace(**new)
+
+
+def of_factors(opt: Optimizer, change: Change) -> Change:
+    """The same change where rows are along the longer axis of a matrix, and there are placeholders of one element."""
+    shapes: dict[str, tuple[int, ...]] = {name: param.shape for name, param in zip(opt._names, opt._params)}
+    with opt._lock:
+        states = opt._state_dict()["state"]
+
+    def change_leaf(label: str, key: str, name: str, leaf: Any) -> Any:
+        *_, n_rows, n_columns = 0, 0, *shapes.get(name, ())
+        if key in FACTORS and n_rows > n_columns:
+            (key,) = FACTORS.keys() - {key}
+        is_placeholder = name in shapes and key not in states[name] and leaf.shape == (1,)
+        return leaf if is_placeholder else change(label, key, name, leaf)
+
+    return change_leaf
 
 
 # ---- What all have in common --------------------------------------------------------------------------------------------
@@ -584,7 +607,7 @@ def imported(
                     raise ValueError(f"{label}: expected one value for {group['names']}, got {new[key]!r} and {value!r}")
         group.update(new)
         resolved[i] = {**resolved[i], **new}
-    parts = dict(zip(opt._names, map(opt._parts(resolved).__getitem__, opt._part_of)))
+    parts = dict(zip(opt._names, map(opt._parts(resolved).__getitem__, opt._places(resolved))))
     for name, own in states.items():
         here = {key: array for key, array in saved["state"].get(name, {}).items() if key in OWN}
         if step == 0 and name in parts:  # some libraries make their state in the first step
@@ -616,7 +639,7 @@ def exported(opt: Optimizer) -> tuple[int, list[dict[str, Any]], Arrays]:
             own, axes, dtype = saved["state"][name], saved["memory_axes"][name], reference.compute_dtype(params[name].dtype)
             keys = [key for key in own if key not in OWN and not key.endswith(SCALE)]
             exact = {key: reference.load_state(own[key], own.get(key + SCALE), axes, dtype) for key in keys}
-            states[name] = {key: signed(opt, key, array) for key, array in exact.items()}
+            states[name] = {key: as_there(opt, key, array) for key, array in exact.items()}
     return saved["step"], resolved, states
 
 
@@ -630,11 +653,24 @@ def as_state(opt: Optimizer, key: str, value: Any, name: str, param: Array | Non
     dtype = array.dtype if param is None else reference.compute_dtype(param.dtype)
     if key in opt._numbers:
         dtype = NUMBER.dtype
+    if key in FACTORS and opt.convention != "torch":
+        array = np.expand_dims(array, FACTORS[key])
     return signed(opt, key, array.astype(dtype if np.can_cast(array.dtype, dtype) else array.dtype))
+
+
+def as_there(opt: Optimizer, key: str, array: Array) -> Array:
+    """A state as the other library has it: means of rows and of columns without an axis for the latter and the former."""
+    if key in FACTORS and opt.convention != "torch":
+        array = array.squeeze(FACTORS[key])
+    return signed(opt, key, array)
 
 
 def signed(opt: Optimizer, key: str, array: Array) -> Array:
     return np.asarray(-array) if (opt.convention, type(opt).__name__, key) in OF_OTHER_SIGN else array
+
+
+def constants(opt: Optimizer) -> dict[str, Any]:
+    return CONSTANTS.get((opt.convention, type(opt).__name__), {})
 
 
 def as_numbers(value: Any) -> Any:
