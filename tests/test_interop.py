@@ -22,10 +22,6 @@ TOLERANCE = {np.float64: 2e-14, np.float32: 1.2e-6}
 ORDERS = ["there, here, there", "here, there, here"]
 
 
-# Rules whose variables in Keras do not say what they are.
-UNNAMED = {"Adafactor"}
-
-
 class Torch:
     """An optimizer of PyTorch and its parameters."""
 
@@ -162,7 +158,7 @@ def test_torch(entry, settings, dtype, order, scalars):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("rule", "settings", "name", "theirs"), [case for case in KERAS if case[0] not in UNNAMED])
+@pytest.mark.parametrize(("rule", "settings", "name", "theirs"), KERAS)
 def test_keras(keras, rule, settings, name, theirs, dtype, order):
     make = getattr(fs, rule)
     compare(
@@ -199,6 +195,14 @@ def test_rows_and_columns_of_optax(min_dim_size, order, exact_decay):
     with jax.enable_x64(True):
         make = lambda: optax.adafactor(0.1, min_dim_size_to_factor=min_dim_size)  # noqa: E731
         compare(order, np.float64, lambda start: Optax(start, make), here, here, FACTORED)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_and_columns_of_keras(keras, order):
+    def here(arrays):
+        return fs.Adafactor(arrays, convention="keras")
+
+    compare(order, np.float64, lambda start: Keras(start, keras, "Adafactor", {}), here, here, FACTORED)
 
 
 # ---- PyTorch: state dicts written by hand -------------------------------------------------------------------------------
@@ -696,6 +700,28 @@ def test_variables_of_keras_without_state(keras):
     assert str(caught.value) == "keras_optimizer: expected one accumulator for each variable, got 1"
 
 
+def test_variables_of_adafactor_without_state(keras):
+    variables = [keras.Variable(np.ones((2, 3)), dtype="float64") for _ in range(2)]
+    variables[0].overwrite_with_gradient = True
+    theirs = keras.optimizers.Adafactor()
+    theirs.build(variables)
+    with pytest.raises(ValueError) as caught:
+        interop.from_keras(fs.Adafactor([np.ones((2, 3)), np.ones((2, 3))], convention="keras"), theirs)
+    assert str(caught.value) == "keras_optimizer: expected one _r for each variable, got 1"
+
+
+def test_keras_factors_every_matrix(keras):
+    theirs = keras.optimizers.Adafactor()
+    theirs.build([keras.Variable(np.ones((2, 3)), dtype="float64")])
+    opt = fs.Adafactor(np.ones((2, 3)), min_dim_size_to_factor=3, convention="keras")
+    with pytest.raises(ValueError) as caught:
+        interop.to_keras(opt, theirs)
+    assert str(caught.value) == "min_dim_size_to_factor of params['0']: expected 1 as in Keras, got 3"
+    opt.load_state_dict(interop.from_keras(opt, theirs))
+    assert opt.param_groups[0]["min_dim_size_to_factor"] == 1
+    assert list(opt.state["0"]) == ["row_var", "col_var"]
+
+
 def test_what_accumulators_started_with_does_not_matter(keras):
     theirs = keras.optimizers.Adagrad(initial_accumulator_value=0.5)
     theirs.build([keras.Variable(np.ones(3), dtype="float64")])
@@ -982,4 +1008,4 @@ def test_every_rule_that_they_have():
     ]:
         wanted = {rule for rule, own in fs.conventions().items() if convention in own}
         assert wanted == {case[0] for case in tested}
-        assert set(table) == (wanted - UNNAMED if convention == "keras" else wanted)
+        assert set(table) == wanted

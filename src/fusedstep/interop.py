@@ -42,6 +42,7 @@ KERAS_STATES = {
     "SGD": {"momentum": "momentum_buffer"},
     "Adagrad": {"accumulator": "sum"},
     "Adadelta": {"accumulated_grad": "square_avg", "accumulated_delta_var": "acc_delta"},
+    "Adafactor": {"_r": "row_var", "_c": "col_var", "_v": "variance"},
     "RMSprop": {"velocity": "square_avg", "average_gradient": "grad_avg", "momentum": "momentum_buffer"},
     "Adam": {"momentum": "exp_avg", "velocity": "exp_avg_sq", "velocity_hat": "max_exp_avg_sq"},
     "NAdam": {"momentum": "exp_avg", "velocity": "exp_avg_sq"},
@@ -51,16 +52,18 @@ KERAS_STATES = {
     "FTRL": {"accumulator": "accumulator", "linear": "linear"},
 }
 KERAS_STATES["AdamW"] = KERAS_STATES["Adam"]
-"""Names of states by how the names of variables end."""
+"""Names of states by how the names of variables end, or where these have no names by the attribute that lists them."""
 
 CONSTANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("torch", "Adafactor"): {"min_dim_size_to_factor": 1},
+    ("keras", "Adafactor"): {"min_dim_size_to_factor": 1},
     ("keras", "NAdam"): {"momentum_decay": 1.0},
 }
 """Hyper-parameters here that are constants there."""
 
 KERAS_HYPER = {
     "lr": "learning_rate", "eps": "epsilon", "alpha": "rho", "clip_norm_per_array": "clipnorm", "clip_value": "clipvalue",
+    "beta2_decay": "beta_2_decay", "d": "clip_threshold",
 }  # fmt: skip
 
 OPTAX_STATES = {
@@ -414,11 +417,19 @@ def keras_parts(
         raise ValueError(f"{label}: expected variables for {ordered}, got {len(trained)}")
     variables: dict[str, dict[str, Any]] = {name: {} for name in ordered}
     for suffix, key in KERAS_STATES[rule].items():
-        found = [variable for variable in keras_optimizer.variables if variable.name.endswith(f"_{suffix}")]
+        if suffix.startswith("_"):
+            found = [variable for variable in getattr(keras_optimizer, suffix) if variable is not None]
+        else:
+            found = [variable for variable in keras_optimizer.variables if variable.name.endswith(f"_{suffix}")]
         if found and len(found) != len(ordered):
             raise ValueError(f"{label}: expected one {suffix} for each variable, got {len(found)}")
         for name, variable in zip(ordered, found):
             variables[name][key] = variable
+    if "epsilon_1" in config:
+        config["epsilon"] = config["epsilon_1"], config["epsilon_2"]
+        for name, variable in zip(ordered, trained):  # without placeholders, and what rows and columns make
+            is_matrix = len(variable.shape) >= 2
+            variables[name] = {key: each for key, each in variables[name].items() if (key in FACTORS) == is_matrix}
     if "beta_1" in config:
         config["betas"] = config["beta_1"], config["beta_2"]
     for key in ("clipnorm", "clipvalue"):
