@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
@@ -84,6 +85,14 @@ def keras(monkeypatch):
             monkeypatch.setattr(sys.modules["keras.src.ops"], name, of_arrays)
         yield keras
         keras.config.set_floatx("float32")
+
+
+@pytest.fixture
+def exact_decay(monkeypatch):
+    """The decay of Adafactor in optax in the type of the parameters; by default it is computed in float32."""
+    module = pytest.importorskip("optax._src.factorized")
+    exact = functools.partial(module.scale_by_factored_rms, decay_rate_fn=lambda i, exponent: 1.0 - (i + 1.0) ** -exponent)
+    monkeypatch.setattr(module, "scale_by_factored_rms", exact)
 
 
 def run(optimizer, params, grads_of_steps, **settings):

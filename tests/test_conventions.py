@@ -37,8 +37,8 @@ def ours(rule, convention, settings, start, grads):
     return params
 
 
-def compare(rule, convention, settings, theirs):
-    start, grads = problem(SHAPES_OF.get(rule, SHAPES))
+def compare(rule, convention, settings, theirs, shapes=None):
+    start, grads = problem(shapes or SHAPES_OF.get(rule, SHAPES))
     found = ours(rule, convention, settings, start, grads)
     for a, b in zip(found, theirs([p.copy() for p in start], grads)):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max())
@@ -152,6 +152,21 @@ OPTAX = [
     ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, lambda: optax.sgd(0.1, momentum=0.9, nesterov=True)),
     ("Adagrad", {"lr": 0.1}, lambda: optax.adagrad(0.1)),
     ("Adadelta", {"lr": 0.5}, lambda: optax.adadelta(0.5)),
+    ("Adafactor", {}, lambda: optax.adafactor()),
+    (
+        "Adafactor",
+        {
+            "lr": 0.5,
+            "beta2_decay": -0.5,
+            "eps": (1e-3, 1e-3),
+            "d": 1.5,
+            "weight_decay": 0.1,
+            "min_dim_size_to_factor": 2,
+        },
+        lambda: optax.adafactor(
+            0.5, decay_rate=0.5, eps=1e-3, clipping_threshold=1.5, weight_decay_rate=0.1, min_dim_size_to_factor=2
+        ),
+    ),
     ("RMSprop", {"lr": 0.01}, lambda: optax.rmsprop(0.01)),
     ("RMSprop", {"lr": 0.01, "momentum": 0.9, "eps": 1e-3}, lambda: optax.rmsprop(0.01, momentum=0.9, eps=1e-3)),
     ("RMSprop", {"lr": 0.01, "centered": True, "eps": 1e-3}, lambda: optax.rmsprop(0.01, centered=True, eps=1e-3)),
@@ -279,9 +294,8 @@ OPTAX = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "settings", "make"), OPTAX)
-def test_optax(rule, settings, make):
-    def with_optax(params, grads):
+def with_optax(make):
+    def steps(params, grads):
         opt = make()
         state = opt.init(params)
         for g in grads:
@@ -289,8 +303,54 @@ def test_optax(rule, settings, make):
             params = optax.apply_updates(params, updates)
         return [np.asarray(p) for p in params]
 
+    return steps
+
+
+@pytest.mark.parametrize(("rule", "settings", "make"), OPTAX)
+def test_optax(rule, settings, make, exact_decay):
     with jax.enable_x64(True):
-        compare(rule, "optax", settings, with_optax)
+        compare(rule, "optax", settings, with_optax(make))
+
+
+FACTORED_BY_DEFAULT = [(130, 140), (140, 130), (128, 128), (2, 128, 129), (128, 129, 128), (3, 2, 130, 128)]
+NOT_FACTORED_BY_DEFAULT = [(3, 4), (70,), (), (64, 300), (127, 300), (300, 2, 5)]
+
+
+@pytest.mark.parametrize(("settings", "make"), [case[1:] for case in OPTAX if case[0] == "Adafactor"])
+def test_what_optax_factors(settings, make, exact_decay):
+    shapes = FACTORED_BY_DEFAULT + NOT_FACTORED_BY_DEFAULT
+    if settings:
+        shapes = [(3, 4), (4, 3), (3, 3), (2, 3, 4), (2, 4, 3), (1, 2, 2, 2), (1, 4), (4, 1), (4, 1, 1), (2,), ()]
+    with jax.enable_x64(True):
+        compare("Adafactor", "optax", settings, with_optax(make), shapes)
+        state = make().init([np.zeros(shape) for shape in shapes])[0]
+        opt = fs.Adafactor([np.zeros(shape) for shape in shapes], convention="optax", **settings)
+    factored = ["row_var" in own for own in opt.state.values()]
+    assert factored == [v.shape != shape for v, shape in zip(state.v, shapes)]
+    assert settings or factored == [shape in FACTORED_BY_DEFAULT for shape in shapes]
+
+
+@pytest.mark.parametrize("backend", ["c", "reference"])
+@pytest.mark.parametrize("shape", [(128, 3, 128), (129, 128, 128), (128, 128, 1, 1)])
+def test_other_axes_that_optax_factors(shape, backend):
+    def make(array):
+        return fs.Adafactor({"b": np.zeros(3), "w": array}, convention="optax", backend=backend)
+
+    with pytest.raises(ValueError) as caught:
+        make(np.zeros(shape))
+    expected = "expected a view with the two largest axes last, of which optax makes rows and columns"
+    assert str(caught.value) == f"params['w']: {expected}, got shape {shape}"
+    assert "row_var" in make(np.zeros(shape).transpose(np.argsort(shape, kind="stable"))).state["w"]
+    for convention in ("torch", "keras"):
+        fs.Adafactor(np.zeros(shape), convention=convention, backend=backend)
+    opt = fs.Adafactor(np.zeros(shape), min_dim_size_to_factor=130, convention="optax", backend=backend)
+    opt.param_groups[0]["min_dim_size_to_factor"] = 128
+    with pytest.raises(ValueError) as caught:
+        opt.step(np.ones(shape))
+    assert str(caught.value) == f"params['0']: {expected}, got shape {shape}"
+    assert (opt.steps, list(opt.state["0"])) == (0, ["variance"])
+    opt.param_groups[0]["min_dim_size_to_factor"] = 130
+    assert opt.step(np.ones(shape)).applied
 
 
 @pytest.mark.parametrize(("rule", "settings", "make"), [case for case in OPTAX if case[0].startswith("ScheduleFree")])

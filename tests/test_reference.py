@@ -140,7 +140,7 @@ TORCHS = [entry for entry in database.ENTRIES if entry.torch_name]
 def test_against_torch(entry, settings, common, rng, torch):
     optimizer, theirs = of_torch(torch, entry)
     start, grads = rng.standard_normal(50), gradients_of(rng, 50)
-    settings = {"lr": 0.01, **settings, **{key: value for key, value in common.items() if key in theirs}}
+    settings = {"lr": 0.01, **{key: value for key, value in {**settings, **common}.items() if key in theirs}}
     found = trajectory(entry.optimizer, start, grads, **settings)
     param = torch.nn.Parameter(torch.from_numpy(start.copy()))
     opt = optimizer([param], **settings)

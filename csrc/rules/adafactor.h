@@ -5,7 +5,9 @@
  *     d = g / max(sqrt(v), eps1)
  *     p = (1 - lr weight_decay) p - max(eps2, rms(p)) min(lr, 1 / sqrt(step)) / max(1, rms(d) / limit) d
  *
- * with 1 - beta2 = step^beta2_decay. Keras has eps1 beside the squares of gradients in place of there.
+ * with 1 - beta2 = step^beta2_decay. Keras and optax have eps1 beside the squares of gradients in place of there; optax has
+ * no limit of lr, and a decay that is not times lr. A v too small for the type, like the product of a row and a column that
+ * saw no gradients, counts as the smallest normal number: 0 / 0 would be nan.
  */
 #ifndef real
 
@@ -16,12 +18,13 @@ typedef struct { fs_factoring factoring; double relative_lr, decay, rate; } adaf
 
 static void adafactor_prepare(const adafactor_hyper *h, double step, adafactor_coefs *c)
 {
-    const double limit = 1.0 / sqrt(step);
+    const bool is_optax = h->convention == FS_OPTAX, inside = is_optax || h->convention == FS_KERAS;
+    const double limit = is_optax ? INFINITY : 1.0 / sqrt(step);
     c->factoring.weight = pow(step, h->beta2_decay);
-    c->factoring.eps = h->convention == FS_KERAS ? h->eps1 : 0.0;
-    c->factoring.least = h->convention == FS_KERAS ? 0.0 : h->eps1;
+    c->factoring.eps = inside ? h->eps1 : 0.0;
+    c->factoring.least = inside ? 0.0 : h->eps1;
     c->relative_lr = limit < h->lr ? limit : h->lr;
-    c->decay = 1.0 - h->lr * h->weight_decay;
+    c->decay = 1.0 - (is_optax ? 1.0 : h->lr) * h->weight_decay;
 }
 
 static void adafactor_scale(const adafactor_hyper *h, const fs_whole *whole, double *numbers, adafactor_coefs *c)
@@ -36,8 +39,10 @@ static void adafactor_scale(const adafactor_hyper *h, const fs_whole *whole, dou
 
 HELPER(adafactor_along)(real g, real v, const adafactor_coefs *c)
 {
-    const double least = or_epsilon(c->factoring.least, sizeof(real));
-    return g / SQRT(v < (real)(least * least) ? (real)(least * least) : v);
+    const double least = or_epsilon(c->factoring.least, sizeof(real)), square = least * least;
+    const double smallest = sizeof(real) == sizeof(float) ? 0x1p-126 : 0x1p-1022;
+    const real least_v = (real)(square < smallest ? smallest : square);
+    return g / SQRT(v < least_v ? least_v : v);
 }
 
 HELPER(adafactor_moved)(real p, real direction, const adafactor_coefs *c)

@@ -933,6 +933,8 @@ void test_factored(void)
         {{0.25, -0.75, 0.75, 0.25, 1.5, FS_TORCH, 0.0}, 1.0},
         {{0.25, -0.5, 0.125, 1e-3, 1.0, FS_KERAS, 0.0}, 1.0},
         {{0.25, -0.5, NAN, 1e-3, 1.0, FS_TORCH, 0.0}, 1.0},
+        {{1.5, -0.5, 4.0, 1e-3, 1.0, FS_OPTAX, 0.125}, 1.0},
+        {{0.25, -0.5, 0.0, 1e-3, 1.0, FS_OPTAX, 0.0}, 0x1p100},    /* with a row and a column without gradients */
     };
     static double param[LARGEST], grad[LARGEST], rows[LARGEST], columns[LARGEST], all[LARGEST];
     static wide expected[LARGEST], row[LARGEST], column[LARGEST], variance[LARGEST], direction[LARGEST];
@@ -969,10 +971,12 @@ void test_factored(void)
                 }
                 for (int t = 1; t <= STEPS; t++) {
                     const wide weight = powl(t, h[1]), eps = isnan(h[2]) ? DBL_EPSILON : h[2];
-                    const wide inside = h[5] == FS_KERAS ? eps : 0, least = h[5] == FS_KERAS ? 0 : eps;
+                    const wide inside = h[5] == FS_TORCH ? 0 : eps, least = h[5] == FS_TORCH ? eps : 0;
                     wide param_squares = 0, direction_squares = 0;
-                    for (size_t e = 0; e < size; e++)
-                        grad[e] = random_signed();
+                    for (size_t e = 0; e < size; e++) {
+                        const bool is_gap = eps == 0 && (e / n_columns % n_rows == 1 || e % n_columns == 1);
+                        grad[e] = is_gap ? 0.0 : random_signed();
+                    }
                     for (size_t i = 0; i < n * n_rows; i++)
                         row[i] *= 1 - weight;
                     for (size_t i = 0; i < n * n_columns; i++)
@@ -990,15 +994,17 @@ void test_factored(void)
                             const wide g = grad[e] / cases[c].grad_scale, product = row[e / n_columns] / fmaxl(mean, least);
                             variance[e] += weight * (g * g + inside - variance[e]);
                             const wide v = is_factored ? product * column[m * n_columns + e % n_columns] : variance[e];
-                            direction[e] = g / fmaxl(sqrtl(v), least);
+                            direction[e] = g == 0 ? 0 : g / fmaxl(sqrtl(v), least);
                             param_squares += expected[e] * expected[e];
                             direction_squares += direction[e] * direction[e];
                         }
                     }
                     const wide rms = sqrtl(param_squares / size), excess = sqrtl(direction_squares / size) / h[4];
-                    const wide rate = fmaxl(h[3], rms) * fminl(h[0], 1 / sqrtl(t)) / fmaxl(1, excess);
+                    const wide limit = h[5] == FS_OPTAX ? INFINITY : 1 / sqrtl(t);
+                    const wide rate = fmaxl(h[3], rms) * fminl(h[0], limit) / fmaxl(1, excess);
+                    const wide decay = (h[5] == FS_OPTAX ? 1 : h[0]) * h[6];
                     for (size_t e = 0; e < size; e++)
-                        expected[e] = (1 - h[0] * h[6]) * expected[e] - rate * direction[e];
+                        expected[e] = (1 - decay) * expected[e] - rate * direction[e];
                     CHECK(take_step(plan, options).applied);
                 }
                 for (size_t e = 0; e < LARGEST; e++) {

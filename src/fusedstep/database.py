@@ -77,12 +77,18 @@ ENTRIES = [
     ),
     Entry(
         rules.Adafactor,
-        settings=[{}, {"lr": 0.5, "beta2_decay": -0.5, "eps": (1e-3, 0.1), "d": 1.5, "weight_decay": 0.1}],
+        settings=[
+            {},
+            {"lr": 0.5, "beta2_decay": -0.5, "eps": (1e-3, 0.1), "d": 1.5, "weight_decay": 0.1},
+            {"min_dim_size_to_factor": 3},
+        ],
         invalid=[
             ({"beta2_decay": 0.8}, ValueError, "beta2_decay: expected a finite number <= 0, got 0.8"),
             ({"eps": (-1.0, 1e-3)}, ValueError, "eps[0]: expected a finite number >= 0 or None, got -1.0"),
             ({"eps": (1e-30, None)}, TypeError, "eps[1]: expected a finite number >= 0, got None"),
             ({"d": 0.5}, ValueError, "d: expected a finite number >= 1, got 0.5"),
+            ({"min_dim_size_to_factor": 0}, ValueError, "min_dim_size_to_factor: expected at least 1, got 0"),
+            ({"min_dim_size_to_factor": 2.0}, TypeError, "min_dim_size_to_factor: expected a whole number, got 2.0"),
         ],
         train={"adafactor": {"lr": 0.03}},
         torch_name="Adafactor",

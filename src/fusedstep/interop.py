@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 
 from . import _arrays, _hyper, reference
 from .optimizer import Optimizer, Part
-from .state import AVERAGE, NUMBER, RESIDUAL_NAMES, SCALE, shape_of
+from .state import AVERAGE, FACTORS, NUMBER, RESIDUAL_NAMES, SCALE, shape_of
 
 Array = NDArray[Any]
 Arrays = dict[str, dict[str, Array]]
 Hypers = dict[str, dict[str, Any]]
 """Hyper-parameters by the name of a parameter."""
+Change = Callable[[str, str, str, Any], Any]
+"""Of a leaf of an optax state, given its label, the state it is here, the name of the parameter, and itself."""
 
 LIBRARIES = {"torch": "PyTorch", "keras": "Keras", "optax": "optax"}
 
@@ -37,9 +39,6 @@ TORCH_RULES = {
 }
 """Those whose states and hyper-parameters have the names they have here, with the kinds of weight decay they know."""
 
-TORCH_CONSTANTS: dict[str, dict[str, Any]] = {"Muon": {"maximize": False}}
-"""Hyper-parameters here that are constants there."""
-
 TORCH_UNCOUNTED = ("SGD", "Muon")
 """Rules that do not count steps there."""
 
@@ -47,6 +46,7 @@ KERAS_STATES = {
     "SGD": {"momentum": "momentum_buffer"},
     "Adagrad": {"accumulator": "sum"},
     "Adadelta": {"accumulated_grad": "square_avg", "accumulated_delta_var": "acc_delta"},
+    "Adafactor": {"_r": "row_var", "_c": "col_var", "_v": "variance"},
     "RMSprop": {"velocity": "square_avg", "average_gradient": "grad_avg", "momentum": "momentum_buffer"},
     "Adam": {"momentum": "exp_avg", "velocity": "exp_avg_sq", "velocity_hat": "max_exp_avg_sq"},
     "NAdam": {"momentum": "exp_avg", "velocity": "exp_avg_sq"},
@@ -58,16 +58,19 @@ KERAS_STATES = {
     "ScheduleFreeAdamW": {"momentum": "z", "velocity": "exp_avg_sq"},
 }
 KERAS_STATES["AdamW"] = KERAS_STATES["Adam"]
-"""Names of states by how the names of variables end."""
+"""Names of states by how the names of variables end, or where these have no names by the attribute that lists them."""
 
 KERAS_NUMBERS: dict[str, Callable[[int, float], dict[str, float]]] = {
     "ScheduleFreeAdamW": lambda step, lr: {"weight_sum": step, "lr_max": lr},
 }
 """Numbers for each array that follow there from the number of steps and the learning rate."""
 
-KERAS_CONSTANTS: dict[str, dict[str, Any]] = {
-    "NAdam": {"momentum_decay": 1.0},
-    "Muon": {"eps": 1e-7, "adjust_lr_fn": "match_rms_adamw"},
+CONSTANTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("torch", "Adafactor"): {"min_dim_size_to_factor": 1},
+    ("torch", "Muon"): {"maximize": False},
+    ("keras", "Adafactor"): {"min_dim_size_to_factor": 1},
+    ("keras", "NAdam"): {"momentum_decay": 1.0},
+    ("keras", "Muon"): {"eps": 1e-7, "adjust_lr_fn": "match_rms_adamw"},
 }
 """Hyper-parameters here that are constants there."""
 
@@ -82,8 +85,10 @@ NONE_FOR_KERAS = (
 KERAS_HYPER = {
     "lr": ("learning_rate",),
     "betas": ("beta_1", "beta_2"),
-    "eps": ("epsilon",),
+    "eps": ("epsilon", "epsilon_1", "epsilon_2"),
     "alpha": ("rho",),
+    "beta2_decay": ("beta_2_decay",),
+    "d": ("clip_threshold",),
     "ns_coefficients": ("muon_a", "muon_b", "muon_c"),
     "adamw_lr_ratio": ("adam_lr_ratio",),
     "adamw_betas": ("adam_beta_1", "adam_beta_2"),
@@ -98,6 +103,7 @@ OPTAX_STATES = {
     "SGD": {"TraceState": {"trace": "momentum_buffer"}},
     "Adagrad": {"ScaleByRssState": {"sum_of_squares": "sum"}},
     "Adadelta": {"ScaleByAdaDeltaState": {"e_g": "square_avg", "e_x": "acc_delta"}},
+    "Adafactor": {"FactoredState": {"v_row": "row_var", "v_col": "col_var", "v": "variance"}},
     "RMSprop": {
         "ScaleByRmsState": {"nu": "square_avg"},
         "ScaleByRStdDevState": {"nu": "square_avg", "mu": "grad_avg"},
@@ -284,7 +290,7 @@ def to_torch(opt: Optimizer, *, names: Sequence[str] | None = None) -> dict[str,
     check_rule(opt, "torch", TORCH_RULES)
     torch = library("torch")
     rule = type(opt).__name__
-    kinds, constants = TORCH_RULES[rule], TORCH_CONSTANTS.get(rule, {})
+    kinds = TORCH_RULES[rule]
     ordered = in_order(names, by_groups(opt))
     number = {name: i for i, name in enumerate(ordered)}
     step, hypers, states = exported(opt)
@@ -293,7 +299,7 @@ def to_torch(opt: Optimizer, *, names: Sequence[str] | None = None) -> dict[str,
             raise ValueError(f"params[{name!r}]: expected a matrix for {rule} of PyTorch, got shape {param.shape}")
     groups = []
     for i, (group, values) in enumerate(zip(opt.param_groups, hypers)):
-        check_same(values, {"l1": 0.0, "bounds": None, **constants}, f"param_groups[{i}]", "torch")
+        check_same(values, {"l1": 0.0, "bounds": None, **constants(opt)}, f"param_groups[{i}]", "torch")
         decay = check_decay(values, f"param_groups[{i}]", "torch", kinds)
         known = {key: values[key] for key in torch_keys(opt)}
         if len(kinds) > 1:
@@ -330,9 +336,9 @@ def torch_scalars(opt: Optimizer, step: int, hyper: Mapping[str, Any]) -> dict[s
 def torch_keys(opt: Optimizer) -> list[str]:
     """The hyper-parameters that are called the same in a group of PyTorch, and always there."""
     decay = ["weight_decay"] if TORCH_RULES[type(opt).__name__] else []
-    own = [key for key in opt._group_defaults if key not in _hyper.OPTION_DEFAULTS and _hyper.is_known(key, "torch")]
-    own = [key for key in own if not key.startswith("adamw_")]
-    return [*own, *decay, "maximize"]
+    left_out = {*_hyper.OPTION_DEFAULTS, *constants(opt)}
+    own = [key for key in opt._group_defaults if key not in left_out and _hyper.is_known(key, "torch")]
+    return [*(key for key in own if not key.startswith("adamw_")), *decay, "maximize"]
 
 
 def torch_hyper(opt: Optimizer, group: Mapping[str, Any], label: str) -> dict[str, Any]:
@@ -343,7 +349,7 @@ def torch_hyper(opt: Optimizer, group: Mapping[str, Any], label: str) -> dict[st
     # What older versions of PyTorch had no key for, and some of its rules have none for today.
     theirs = {**_hyper.OPTION_DEFAULTS, **opt._option_defaults, **group}
     known = (*torch_keys(opt), "weight_decay", "decoupled_weight_decay")
-    return {**{key: as_numbers(theirs[key]) for key in known}, "decay_mode": None}
+    return {**{key: as_numbers(theirs[key]) for key in known}, **constants(opt), "decay_mode": None}
 
 
 # ---- Keras --------------------------------------------------------------------------------------------------------------
@@ -479,16 +485,25 @@ def keras_parts(
     ordered = in_order(names, opt._names)
     if len(trained) != len(ordered):
         raise ValueError(f"{label}: expected variables for {ordered}, got {len(trained)}")
-    parts = parts_of(opt, opt._resolve(opt.param_groups, opt.steps))
+    resolved = opt._resolve(opt.param_groups, opt.steps)
+    parts = parts_of(opt, resolved)
     tables = {name: KERAS_STATES[parts[name].rule.__name__] for name in ordered}
+    suffixes = {suffix for part in opt._parts(resolved) for suffix in KERAS_STATES[part.rule.__name__]}
     variables: dict[str, dict[str, Any]] = {name: {} for name in ordered}
-    for suffix in sorted({suffix for table in KERAS_STATES.values() for suffix in table}):
-        found = [variable for variable in keras_optimizer.variables if variable.name.endswith(f"_{suffix}")]
+    for suffix in sorted(suffixes):
+        if suffix.startswith("_"):
+            found = [variable for variable in getattr(keras_optimizer, suffix, ()) if variable is not None]
+        else:
+            found = [variable for variable in keras_optimizer.variables if variable.name.endswith(f"_{suffix}")]
         owners = [name for name in ordered if suffix in tables[name]]
         if found and len(found) != len(owners):
             raise ValueError(f"{label}: expected one {suffix} for each of {owners}, got {len(found)}")
         for name, variable in zip(owners, found):
             variables[name][tables[name][suffix]] = variable
+    for name, variable in zip(ordered, trained):
+        if FACTORS.keys() & variables[name].keys():  # without placeholders, and what rows and columns make
+            is_matrix = len(variable.shape) >= 2
+            variables[name] = {key: each for key, each in variables[name].items() if (key in FACTORS) == is_matrix}
     for key in ("clipnorm", "clipvalue"):
         config[key] = config[key] or None  # 0 is none
     known: dict[str, Any] = {}
@@ -496,7 +511,7 @@ def keras_parts(
         values = [config[theirs] for theirs in KERAS_HYPER.get(key, (key,)) if theirs in config]
         if values:
             known[key] = values[0] if len(values) == 1 else tuple(values)
-    known |= KERAS_CONSTANTS.get(rule, {})
+    known |= constants(opt)
     own, others = (known.pop(key, None) or 0.0 for key in DECAYS)
     hypers: Hypers = {}
     for name, variable in zip(ordered, trained):
@@ -614,7 +629,7 @@ def to_optax(opt: Optimizer, opt_state: Any) -> Any:
     return result
 
 
-def with_changes(opt: Optimizer, node: Any, label: str, change: Callable[[str, str, str, Any], Any]) -> Any:
+def with_changes(opt: Optimizer, node: Any, label: str, change: Change) -> Any:
     """An optax state in which ``change(label, key, name, leaf)`` has replaced counts and the states of parameters."""
     kind = type(node).__name__
     if isinstance(node, dict):
@@ -643,8 +658,25 @@ def with_changes(opt: Optimizer, node: Any, label: str, change: Callable[[str, s
                 new[field] = changed[0] if changed else value
                 continue
             named = [(tree.keystr(path, simple=True, separator=".") or "0", leaf) for path, leaf in leaves]
-            new[field] = structure.unflatten([change(own, key, name, leaf) for name, leaf in named])
+            change_leaf = of_factors(opt, change) if kind == "FactoredState" else change
+            new[field] = structure.unflatten([change_leaf(own, key, name, leaf) for name, leaf in named])
     return node._replace(**new)
+
+
+def of_factors(opt: Optimizer, change: Change) -> Change:
+    """The same change where rows are along the longer axis of a matrix, and there are placeholders of one element."""
+    shapes: dict[str, tuple[int, ...]] = {name: param.shape for name, param in zip(opt._names, opt._params)}
+    with opt._lock:
+        states = opt._state_dict()["state"]
+
+    def change_leaf(label: str, key: str, name: str, leaf: Any) -> Any:
+        *_, n_rows, n_columns = 0, 0, *shapes.get(name, ())
+        if key in FACTORS and n_rows > n_columns:
+            (key,) = FACTORS.keys() - {key}
+        is_placeholder = name in shapes and key not in states[name] and leaf.shape == (1,)
+        return leaf if is_placeholder else change(label, key, name, leaf)
+
+    return change_leaf
 
 
 # ---- What all have in common --------------------------------------------------------------------------------------------
@@ -680,7 +712,7 @@ def imported(
 
 def parts_of(opt: Optimizer, resolved: list[dict[str, Any]]) -> dict[str, Part]:
     """Rule and hyper-parameters of each parameter."""
-    return dict(zip(opt._names, map(opt._parts(resolved).__getitem__, opt._part_of)))
+    return dict(zip(opt._names, map(opt._parts(resolved).__getitem__, opt._places(resolved))))
 
 
 def initial_states(part: Part, param: Array) -> dict[str, Array]:
@@ -703,7 +735,7 @@ def exported(opt: Optimizer) -> tuple[int, list[dict[str, Any]], Arrays]:
             own, axes, dtype = saved["state"][name], saved["memory_axes"][name], reference.compute_dtype(params[name].dtype)
             keys = [key for key in own if key not in OWN and not key.endswith(SCALE)]
             exact = {key: reference.load_state(own[key], own.get(key + SCALE), axes, dtype) for key in keys}
-            states[name] = {key: signed(opt, key, array) for key, array in exact.items()}
+            states[name] = {key: as_there(opt, key, array) for key, array in exact.items()}
     return saved["step"], resolved, states
 
 
@@ -717,11 +749,24 @@ def as_state(opt: Optimizer, key: str, value: Any, name: str, param: Array | Non
     dtype = array.dtype if param is None else reference.compute_dtype(param.dtype)
     if key in opt._numbers:
         dtype = NUMBER.dtype
+    if key in FACTORS and opt.convention != "torch":
+        array = np.expand_dims(array, FACTORS[key])
     return signed(opt, key, array.astype(dtype if np.can_cast(array.dtype, dtype) else array.dtype))
+
+
+def as_there(opt: Optimizer, key: str, array: Array) -> Array:
+    """A state as the other library has it: means of rows and of columns without an axis for the latter and the former."""
+    if key in FACTORS and opt.convention != "torch":
+        array = array.squeeze(FACTORS[key])
+    return signed(opt, key, array)
 
 
 def signed(opt: Optimizer, key: str, array: Array) -> Array:
     return np.asarray(-array) if (opt.convention, type(opt).__name__, key) in OF_OTHER_SIGN else array
+
+
+def constants(opt: Optimizer) -> dict[str, Any]:
+    return CONSTANTS.get((opt.convention, type(opt).__name__), {})
 
 
 def as_numbers(value: Any) -> Any:

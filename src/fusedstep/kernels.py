@@ -67,10 +67,13 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         if isinstance(given["step"], bool) or not isinstance(given["step"], (int, np.integer)) or given["step"] < 1:
             raise ValueError(f"step: expected a whole number >= 1, got {given['step']!r}")
         param = _arrays.as_writeable(given["param"], "param")
-        part = optimizer._parts([defaults | values])[not optimizer._is_own(param)]
+        states = tuple(name for name in state_names if given[name] is not None)
+        parts = optimizer._parts([defaults | values])
+        part = parts[-1]  # which is for any array
+        if part.rule._states(part.hyper) != states and optimizer._is_own(param, defaults | values):
+            part = parts[0]
         if part.rule is not optimizer:
             raise ValueError(f"param: expected a matrix, got shape {param.shape}")
-        states = tuple(name for name in state_names if given[name] is not None)
         for name in optimizer._states(part.hyper):
             if name not in states:
                 raise ValueError(f"{name}: expected an array, got none")

@@ -157,7 +157,7 @@ class Optimizer:
     _of_all: ClassVar[Callable[..., None] | None] = None
     """Of rules with steps that depend on sums over all arrays: that of one among them, given what makes these sums."""
     _has_others: ClassVar[bool] = False
-    """Whether parameters for which `_is_own` is false, those that are no matrices, are left to `_others`."""
+    """Whether parameters for which `_is_own` is false, like those that are no matrices, are left to `_others`."""
     _is_scaled: ClassVar[bool] = False
     """Whether steps depend on norms of whole arrays."""
     _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}}
@@ -183,7 +183,7 @@ class Optimizer:
         return cls._rule.__name__
 
     @staticmethod
-    def _is_own(param: Array) -> bool:
+    def _is_own(param: Array, hyper: Mapping[str, Any], label: str = "param") -> bool:
         return True
 
     @classmethod
@@ -290,9 +290,6 @@ class Optimizer:
         self._names = [name for name, _, _ in members]
         self._params = [array for _, array, _ in members]
         self._group_of = [i for _, _, i in members]
-        self._part_of = self._group_of
-        if self._has_others:
-            self._part_of = [2 * i + (not self._is_own(array)) for _, array, i in members]
         _arrays.check_names(self._names)
         _arrays.check_overlaps(self._labelled("params", self._params))
         for label, array in self._labelled("params", self._params):
@@ -306,6 +303,7 @@ class Optimizer:
         self._resolved: dict[int, tuple[list[Any], dict[str, Any], list[str]]] = {}
         self._in_plan: list[dict[str, Any]] = []  # those the plan has
         self._kernels: list[Kernel] = []
+        self._part_of: list[int] = []
         self._plan: Any = None
         self._shown: Shown | None = None  # what the parameters' arrays hold for a while in place of the parameters
         self._sums: Any = None  # the plan that adds up gradients, in its params
@@ -365,15 +363,22 @@ class Optimizer:
     def _check_hyper(values: Mapping[str, Any]) -> None:
         """Refuse combinations of hyper-parameters that have no meaning."""
 
+    def _places(self, values: list[dict[str, Any]]) -> list[int]:
+        """Of each parameter, the place of its group among those of the plan."""
+        if not self._has_others:
+            return self._group_of
+        params = zip(self._labelled("params", self._params), self._group_of)
+        return [2 * i + (not self._is_own(param, values[i], label)) for (label, param), i in params]
+
     def _prepare_plan(self, values: list[dict[str, Any]], steps: int) -> None:
         """Have a plan, with the state arrays it needs, that knows these hyper-parameters."""
         if len(values) == len(self._in_plan) and all(new is old for new, old in zip(values, self._in_plan)):
             return
         parts = self._parts(values)
-        kernels = [self._kernel(part) for part in parts]
-        if kernels != self._kernels:
-            owned = self._completed(self._specs(kernels))
-            assign(self._adoption(self._make_plan(kernels, owned, steps, self.seed), kernels, owned))
+        kernels, part_of = [self._kernel(part) for part in parts], self._places(values)
+        if (kernels, part_of) != (self._kernels, self._part_of):
+            owned = self._completed(self._specs(kernels, part_of))
+            assign(self._adoption(self._make_plan(kernels, part_of, owned, steps, self.seed), kernels, part_of, owned))
         before, self._in_plan = self._in_plan or [{}] * len(values), []
         per_group = len(parts) // len(values)
         for i, part in enumerate(parts):
@@ -389,9 +394,9 @@ class Optimizer:
     def _in_c_order(self) -> bool:
         return self.stats or self._is_scaled
 
-    def _specs(self, kernels: list[Kernel]) -> dict[str, dict[str, state.Spec]]:
+    def _specs(self, kernels: list[Kernel], part_of: list[int]) -> dict[str, dict[str, state.Spec]]:
         """The state arrays of each parameter by name."""
-        owners = zip(self._names, self._params, self._part_of)
+        owners = zip(self._names, self._params, part_of)
         return {name: state.specs_of(kernels[part], param, self._axes(param)) for name, param, part in owners}
 
     def _completed(self, specs: dict[str, dict[str, state.Spec]]) -> dict[str, dict[str, Array]]:
@@ -404,25 +409,25 @@ class Optimizer:
                 _arrays.check_overlaps(written, self._labelled("grads", self._plan.grads))
         return completed
 
-    def _make_plan(self, kernels: list[Kernel], owned: state.State, steps: int, seed: int) -> Any:
+    def _make_plan(self, kernels: list[Kernel], part_of: list[int], owned: state.State, steps: int, seed: int) -> Any:
         operands = [
             state.operands_of(
                 kernels[part], owned[name], param, self.low_precision, self._unit_axes(kernels[part], group, param, name)
             )
-            for name, param, group, part in zip(self._names, self._params, self._group_of, self._part_of)
+            for name, param, group, part in zip(self._names, self._params, self._group_of, part_of)
         ]
         if self.backend == "c":
-            for i, (param, part) in enumerate(zip(self._params, self._part_of)):
+            for i, (param, part) in enumerate(zip(self._params, part_of)):
                 if kernels[part].rule._direction is not None:
                     direction = np.empty(param.shape, reference.compute_dtype(param.dtype))
                     operands[i] = operands[i].and_state(direction)
             rules: list[Any] = [kernel.name for kernel in kernels]
-            plan = _backends.core.Plan(self._params, operands, self._part_of, rules, seed, self.stats)
+            plan = _backends.core.Plan(self._params, operands, part_of, rules, seed, self.stats)
         else:
             rules = [
                 _backends.Rule(kernel.rule._rule, kernel.states + kernel.numbers, kernel.rule._of_all) for kernel in kernels
             ]
-            plan = _backends.ReferencePlan(self._params, operands, self._part_of, rules, seed, self.stats, self._in_c_order)
+            plan = _backends.ReferencePlan(self._params, operands, part_of, rules, seed, self.stats, self._in_c_order)
         plan.steps = steps
         if self._plan is not None and self._plan.grads is not None:
             plan.bind(self._plan.grads)
@@ -435,10 +440,12 @@ class Optimizer:
         label = f"param_groups[{group}].unit_axes" if self._is_grouped else "unit_axes"
         return reference.axes_of_units(param.shape, kernel.unit_axes, self.convention, label, name)
 
-    def _adoption(self, plan: Any, kernels: list[Kernel], owned: dict[str, dict[str, Array]]) -> list[Change]:
+    def _adoption(
+        self, plan: Any, kernels: list[Kernel], part_of: list[int], owned: dict[str, dict[str, Array]]
+    ) -> list[Change]:
         """What to assign to have another plan and its state."""
         read_only = MappingProxyType({name: MappingProxyType(own) for name, own in owned.items()})
-        new = {"_plan": plan, "_kernels": kernels, "_in_plan": [], "state": read_only}
+        new = {"_plan": plan, "_kernels": kernels, "_part_of": part_of, "_in_plan": [], "state": read_only}
         return [(self.__dict__, key, value) for key, value in new.items()]
 
     @property
@@ -784,12 +791,12 @@ class Optimizer:
         changes = self._loaded_options(state_dict["options"])
         groups = self._loaded_groups(state_dict["param_groups"], strict)
         values = self._resolve(groups, int(step))
-        kernels = [self._kernel(part) for part in self._parts(values)]
-        specs = self._specs(kernels)
+        kernels, part_of = [self._kernel(part) for part in self._parts(values)], self._places(values)
+        specs = self._specs(kernels, part_of)
         loaded = self._loaded_states(state_dict["state"], state_dict.get("memory_axes", {}), specs, strict)
         owned = self._completed(specs)
         seed = state_dict["options"].get("seed", self.seed)
-        changes += self._adoption(self._make_plan(kernels, owned, int(step), seed), kernels, owned)
+        changes += self._adoption(self._make_plan(kernels, part_of, owned, int(step), seed), kernels, part_of, owned)
         changes += [(group, key, new[key]) for group, new in zip(self.param_groups, groups) for key in new]
         return changes + [(owned[name][key], ..., array) for name, own in loaded.items() for key, array in own.items()]
 

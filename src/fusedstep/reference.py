@@ -816,15 +816,19 @@ def adafactor(
     weight_decay = rule_decay(stages)
     with operands(param, grad, variance, lr=lr, **stages) as (p, g, *own):
         least = float(np.finfo(g.dtype).eps) if eps[0] is None else eps[0]
-        inside, least = (least, 0.0) if convention == "keras" else (0.0, least)
+        inside, least = (0.0, least) if convention == "torch" else (least, 0.0)
+        limit, relative_decay = 1 / math.sqrt(step), lr * weight_decay
+        if convention == "optax":
+            limit, relative_decay = math.inf, weight_decay
         weight = step**beta2_decay
         for v in own:
             v += weight * ((g * g + inside) - v)
         v = own[0] if own else factored_variance(g, param.shape, row_var, col_var, weight, inside, least)
-        direction = g / np.sqrt(np.where(v < least * least, g.dtype.type(least * least), v))
+        smallest = g.dtype.type(max(least * least, float(np.finfo(g.dtype).tiny)))  # 0 / 0 would be nan
+        direction = g / np.sqrt(np.where(v < smallest, smallest, v))
         root = math.sqrt(max(1, p.size))
-        rate = max(norm(p) / root, eps[1]) * min(lr, 1 / math.sqrt(step)) / max(norm(direction) / root / d, 1.0)
-        p[:] = (1 - lr * weight_decay) * p - rate * direction
+        rate = max(norm(p) / root, eps[1]) * min(lr, limit) / max(norm(direction) / root / d, 1.0)
+        p[:] = (1 - relative_decay) * p - rate * direction
 
 
 def factored_variance(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -283,28 +283,34 @@ class Adafactor(Optimizer):
         p_t &= (1 - \gamma \lambda) p_{t-1} -
                \frac{\max(\epsilon_2, \text{rms}(p_{t-1})) \min(\gamma, 1 / \sqrt{t})}{\max(1, \text{rms}(u_t) / d)} u_t
 
-    The last two axes are matrices. Arrays of less than two dimensions keep all of :math:`v`, with
-    :math:`v_t = \beta_t v_{t-1} + (1 - \beta_t) g_t^2`.
+    The last two axes are matrices. Arrays of less than two dimensions, and of small matrices if so asked, keep all of
+    :math:`v`, with :math:`v_t = \beta_t v_{t-1} + (1 - \beta_t) g_t^2`.
 
     Parameters
     ----------
     params : array, sequence or mapping of arrays, or sequence of groups
         See :class:`Optimizer`, as for all further keyword options.
     lr : float
-        :math:`\gamma`: relative to the root mean square of the parameter, and a limit of what else falls with the steps.
+        :math:`\gamma`: relative to the root mean square of the parameter, and a limit of what else falls with the steps. In
+        "optax" the latter does not fall: there is :math:`\gamma` in place of the minimum.
     beta2_decay : float
         :math:`\tau`, at most 0, of the states ``row_var`` (:math:`r`, of shape ``(..., rows, 1)``) and ``col_var``
         (:math:`c`, ``(..., 1, columns)``), or of ``variance``.
     eps : pair of float
-        :math:`\epsilon_1`, None for the machine epsilon of the type it is computed in; and :math:`\epsilon_2`. In "keras",
-        :math:`\epsilon_1` is added to the squares of gradients and nowhere else.
+        :math:`\epsilon_1`, None for the machine epsilon of the type it is computed in; and :math:`\epsilon_2`. In "keras"
+        and "optax", :math:`\epsilon_1` is added to the squares of gradients and nowhere else.
     d : float
         Limits the root mean square of what is made of a gradient.
+    min_dim_size_to_factor : int
+        Matrices with fewer rows or columns keep all of :math:`v`. State of the other kind that a change of it calls for
+        starts from 0. In "optax" it is the two largest axes that make matrices: arrays that have them elsewhere than last
+        are refused, since views of them may have them there.
 
     Notes
     -----
-    ``weight_decay``, :math:`\lambda`, is decoupled unless another kind is asked for. State of a matrix, ``rows + columns``
-    elements, is in the compute type whatever `state_dtype` is. A step reads gradients three times, and parameters twice.
+    ``weight_decay``, :math:`\lambda`, is decoupled unless another kind is asked for, and in "optax" not multiplied by the
+    learning rate. State of a matrix, ``rows + columns`` elements, is in the compute type whatever `state_dtype` is. A step
+    reads gradients three times, and parameters twice.
 
     Examples
     --------
@@ -330,6 +336,7 @@ class Adafactor(Optimizer):
     _conventions: ClassVar[dict[str, dict[str, Any]]] = {
         "torch": {},
         "keras": {"lr": 1e-3, "eps": (1e-30, 1e-3), "decoupled_weight_decay": True},
+        "optax": {"lr": 1.0, "eps": (1e-30, 1e-3), "min_dim_size_to_factor": 128},
     }
 
     def __init__(
@@ -340,13 +347,25 @@ class Adafactor(Optimizer):
         beta2_decay: Hyper = -0.8,
         eps: tuple[Hyper | None, Hyper] = (None, 1e-3),
         d: Hyper = 1.0,
+        min_dim_size_to_factor: int = 1,
         **options: Unpack[_hyper.Options],
     ) -> None:
-        super().__init__(params, dict(lr=lr, beta2_decay=beta2_decay, eps=eps, d=d), options)
+        hyper = dict(lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, min_dim_size_to_factor=min_dim_size_to_factor)
+        super().__init__(params, hyper, options)
 
     @staticmethod
-    def _is_own(param: Array) -> bool:
-        return param.ndim >= 2
+    def _is_own(param: Array, hyper: Mapping[str, Any], label: str = "param") -> bool:
+        shape = param.shape
+        axes: Sequence[int] = range(len(shape))
+        if hyper["convention"] == "optax":
+            axes = sorted(axes, key=shape.__getitem__)
+        is_own = len(shape) >= 2 and min(shape[axes[-2]], shape[axes[-1]]) >= hyper["min_dim_size_to_factor"]
+        if is_own and min(axes[-2:]) < len(shape) - 2:
+            raise ValueError(
+                f"{label}: expected a view with the two largest axes last, of which optax makes rows and columns, "
+                f"got shape {shape}"
+            )
+        return is_own
 
     @classmethod
     def _others(cls, hyper: Mapping[str, Any]) -> Part:
@@ -674,7 +693,7 @@ class Muon(Optimizer):
         _hyper.from_0_below_1(values["momentum"], "momentum")
 
     @staticmethod
-    def _is_own(param: Array) -> bool:
+    def _is_own(param: Array, hyper: Mapping[str, Any], label: str = "param") -> bool:
         return param.ndim == 2
 
     @staticmethod
