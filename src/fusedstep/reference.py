@@ -1254,7 +1254,7 @@ def schedule_free_adamw(
     weight = schedule_free_weight(weight_sum, lr_max, step, lr, r, weight_lr_power)
     with operands(param, grad, z, exp_avg_sq, lr=lr, **stages) as (y, g, fast, v):
         v[:] = beta2 * v + (1 - beta2) * g * g
-        direction = g / (np.sqrt(v) * (1 / math.sqrt(1 - beta2**step)) + eps) + weight_decay * y
+        direction = g / (corrected_root(v, beta2, step) + eps) + weight_decay * y
         y += weight * (fast - y)
         y -= lr * (1 - beta1 * (1 - weight)) * direction
         fast -= lr * direction
