@@ -158,6 +158,8 @@ class Optimizer:
     """Of rules with steps that depend on sums over all arrays: that of one among them, given what makes these sums."""
     _has_others: ClassVar[bool] = False
     """Whether parameters for which `_is_own` is false, like those that are no matrices, are left to `_others`."""
+    _deciding: ClassVar[tuple[str, ...]] = ()
+    """Hyper-parameters that `_is_own` looks at."""
     _is_scaled: ClassVar[bool] = False
     """Whether steps depend on norms of whole arrays."""
     _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}}
@@ -367,6 +369,9 @@ class Optimizer:
         """Of each parameter, the place of its group among those of the plan."""
         if not self._has_others:
             return self._group_of
+        decisive, before = ([[hyper[key] for key in self._deciding] for hyper in own] for own in (values, self._in_plan))
+        if decisive == before:
+            return self._part_of
         params = zip(self._labelled("params", self._params), self._group_of)
         return [2 * i + (not self._is_own(param, values[i], label)) for (label, param), i in params]
 

@@ -332,6 +332,7 @@ class Adafactor(Optimizer):
     _rule = staticmethod(reference.adafactor)
     _is_scaled = True
     _has_others = True
+    _deciding = ("min_dim_size_to_factor",)
     _non_negative_states = ("variance",)
     _conventions: ClassVar[dict[str, dict[str, Any]]] = {
         "torch": {},
