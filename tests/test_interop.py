@@ -472,9 +472,9 @@ def test_torch_factors_every_matrix(theirs):
     opt = fs.Adafactor(np.ones((2, 3)), min_dim_size_to_factor=3)
     with pytest.raises(ValueError) as caught:
         interop.to_torch(opt)
-    assert str(caught.value) == "min_dim_size_to_factor of param_groups[0]: expected 1 as in PyTorch, got 3"
+    assert str(caught.value) == "min_dim_size_to_factor of param_groups[0]: expected 0 as in PyTorch, got 3"
     opt.load_state_dict(interop.from_torch(opt, {"state": state, "param_groups": [group]}))
-    assert (opt.param_groups[0]["min_dim_size_to_factor"], list(opt.state["0"])) == (1, ["row_var", "col_var"])
+    assert (opt.param_groups[0]["min_dim_size_to_factor"], list(opt.state["0"])) == (0, ["row_var", "col_var"])
 
 
 @pytest.mark.parametrize("dtype", [np.float64])
@@ -773,9 +773,9 @@ def test_keras_factors_every_matrix(keras):
     opt = fs.Adafactor(np.ones((2, 3)), min_dim_size_to_factor=3, convention="keras")
     with pytest.raises(ValueError) as caught:
         interop.to_keras(opt, theirs)
-    assert str(caught.value) == "min_dim_size_to_factor of params['0']: expected 1 as in Keras, got 3"
+    assert str(caught.value) == "min_dim_size_to_factor of params['0']: expected 0 as in Keras, got 3"
     opt.load_state_dict(interop.from_keras(opt, theirs))
-    assert opt.param_groups[0]["min_dim_size_to_factor"] == 1
+    assert opt.param_groups[0]["min_dim_size_to_factor"] == 0
     assert list(opt.state["0"]) == ["row_var", "col_var"]
 
 

@@ -207,7 +207,7 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "eps_root": at_least_0_or_none,
     "beta2_decay": at_most_0,
     "d": at_least_1,
-    "min_dim_size_to_factor": lambda value, label: whole_number(value, label, 1),
+    "min_dim_size_to_factor": lambda value, label: whole_number(value, label, 0),
     "rho": from_0_to_1,
     "etas": above_0,
     "step_sizes": at_least_0,

@@ -87,7 +87,7 @@ ENTRIES = [
             ({"eps": (-1.0, 1e-3)}, ValueError, "eps[0]: expected a finite number >= 0 or None, got -1.0"),
             ({"eps": (1e-30, None)}, TypeError, "eps[1]: expected a finite number >= 0, got None"),
             ({"d": 0.5}, ValueError, "d: expected a finite number >= 1, got 0.5"),
-            ({"min_dim_size_to_factor": 0}, ValueError, "min_dim_size_to_factor: expected at least 1, got 0"),
+            ({"min_dim_size_to_factor": -1}, ValueError, "min_dim_size_to_factor: expected at least 0, got -1"),
             ({"min_dim_size_to_factor": 2.0}, TypeError, "min_dim_size_to_factor: expected a whole number, got 2.0"),
         ],
         train={"adafactor": {"lr": 0.03}},

@@ -66,9 +66,9 @@ KERAS_NUMBERS: dict[str, Callable[[int, float], dict[str, float]]] = {
 """Numbers for each array that follow there from the number of steps and the learning rate."""
 
 CONSTANTS: dict[tuple[str, str], dict[str, Any]] = {
-    ("torch", "Adafactor"): {"min_dim_size_to_factor": 1},
+    ("torch", "Adafactor"): {"min_dim_size_to_factor": 0},
     ("torch", "Muon"): {"maximize": False},
-    ("keras", "Adafactor"): {"min_dim_size_to_factor": 1},
+    ("keras", "Adafactor"): {"min_dim_size_to_factor": 0},
     ("keras", "NAdam"): {"momentum_decay": 1.0},
     ("keras", "Muon"): {"eps": 1e-7, "adjust_lr_fn": "match_rms_adamw"},
 }

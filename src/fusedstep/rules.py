@@ -348,7 +348,7 @@ class Adafactor(Optimizer):
         beta2_decay: Hyper = -0.8,
         eps: tuple[Hyper | None, Hyper] = (None, 1e-3),
         d: Hyper = 1.0,
-        min_dim_size_to_factor: int = 1,
+        min_dim_size_to_factor: int = 0,
         **options: Unpack[_hyper.Options],
     ) -> None:
         hyper = dict(lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, min_dim_size_to_factor=min_dim_size_to_factor)
