@@ -594,6 +594,7 @@ def test_muon_of_torch_before_the_first_step():
     opt.load_state_dict(interop.from_torch(opt, theirs.state_dict()))
     assert (opt.steps, opt.param_groups[0]["lr"], opt.param_groups[0]["maximize"]) == (0, 1e-3, False)
     assert interop.to_torch(opt)["state"] == {0: {}}
+    assert set(interop.to_torch(opt)["param_groups"][0]) - set(theirs.param_groups[0]) == {"maximize"}
     opt.step(np.ones((2, 3)))
     theirs.load_state_dict(interop.to_torch(opt))
     with pytest.raises(ValueError) as caught:

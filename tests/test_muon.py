@@ -262,6 +262,24 @@ def test_nesterov_may_be_edited_where_others_know_it(backend, rng):
     assert_same_bits([found], [wanted])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("decay_mode", "wanted"),
+    [
+        (None, {"weight_decay": 0.1 * 0.25, "decay_mode": "independent"}),
+        ("coupled", {"weight_decay": 0.25, "decay_mode": "coupled"}),
+    ],
+)
+def test_decay_of_other_arrays_in_keras(decay_mode, wanted, backend, rng):
+    """By `lr` without their ratio, if it is decoupled as there."""
+    found, grad = rng.standard_normal(5), rng.standard_normal(5)
+    own = found.copy()
+    settings = {"adamw_lr_ratio": 0.5, "adamw_weight_decay": 0.25, "decay_mode": decay_mode}
+    fs.Muon({"w": found}, 0.1, convention="keras", **settings, backend=backend).step({"w": grad})
+    kernels.adam(own, grad, np.zeros(5), np.zeros(5), step=1, lr=0.05, eps=1e-7, convention="keras", **wanted)
+    assert_same_bits([found], [own])
+
+
 @pytest.mark.parametrize("module", [kernels, reference])
 def test_the_function_takes_matrices_alone(module):
     p = np.ones(3)
