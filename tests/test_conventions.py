@@ -131,10 +131,10 @@ def test_defaults_of_keras(keras, rule):
     }
     opt = getattr(fs, rule)(np.zeros(2), convention="keras")
     for name, value in opt.param_groups[0].items():
-        found = [theirs[key] for key in interop.KERAS_HYPER.get(name, (name,)) if key in theirs]
+        found = [theirs[key] for key in interop.keras.HYPER.get(name, (name,)) if key in theirs]
         if found:
             assert (value or 0) == (tuple(found) if len(found) > 1 else found[0] or 0), name
-    for name, value in interop.CONSTANTS_FOR_KERAS.items():
+    for name, value in interop.keras.CONSTANTS_HERE.items():
         assert theirs.get(name, value) == value
 
 

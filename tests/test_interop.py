@@ -290,7 +290,7 @@ def test_what_is_here_alone_stays(theirs):
     assert opt.param_groups[0]["lr"] is rate
     assert (opt.clip_norm, opt.param_groups[0]["l1"]) == (3.0, 0.25)
     assert opt.state["w"]["exp_avg"].dtype == np.int8
-    saved = interop.exported(opt)[2]
+    saved = interop.common.exported(opt)[2]
     np.testing.assert_allclose(saved["w"]["exp_avg"], np.full((2, 3), 0.5), rtol=1e-4)  # nearly what fits in 8 bits
     assert saved["w"]["exp_avg"].dtype == np.float32
 
@@ -1102,7 +1102,7 @@ def test_initial_states(entry, settings, rng):
     param = rng.standard_normal((3, 4)).astype(np.float32)
     opt = entry.optimizer({"w": param}, **settings)
     part = opt._parts(opt._resolve(opt.param_groups, 0))[opt._part_of[0]]
-    found = interop.initial_states(part, param)
+    found = interop.common.initial_states(part, param)
     assert list(found) == list(opt.state["w"])
     assert_same_bits(list(found.values()), list(opt.state["w"].values()))
 
@@ -1119,13 +1119,13 @@ def test_initial_states(entry, settings, rng):
     ],
 )
 def test_the_convention_has_to_be_theirs(call, convention):
-    library = interop.LIBRARIES[convention]
+    library = interop.common.LIBRARIES[convention]
     with pytest.raises(ValueError) as caught:
         call(fs.Adam(np.ones(2), convention="tf"))
     assert str(caught.value) == f"opt: expected convention={convention!r} for the equations of {library}, got 'tf'"
     with pytest.raises(TypeError) as caught:
         call([])
-    tables = {"torch": interop.TORCH_RULES, "keras": interop.KERAS_STATES, "optax": interop.OPTAX_STATES}
+    tables = {"torch": interop.torch.RULES, "keras": interop.keras.STATES, "optax": interop.optax.STATES}
     assert str(caught.value) == f"opt: expected one of {', '.join(tables[convention])} for {library}, got list"
 
 
@@ -1143,11 +1143,11 @@ def test_libraries_that_are_not_there(monkeypatch):
 def test_every_rule_that_they_have():
     """A rule of the database whose equations another library shares is one that its state can be exchanged with."""
     assert {entry.optimizer.__name__ for entry in database.ENTRIES if entry.torch_name} | {"Muon"} == set(
-        interop.TORCH_RULES
+        interop.torch.RULES
     )
     for convention, table, tested in [
-        ("keras", interop.KERAS_STATES, KERAS),
-        ("optax", interop.OPTAX_STATES, OPTAX),
+        ("keras", interop.keras.STATES, KERAS),
+        ("optax", interop.optax.STATES, OPTAX),
     ]:
         wanted = {rule for rule, own in fs.conventions().items() if convention in own}
         assert wanted == {case[0] for case in tested}

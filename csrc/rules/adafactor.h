@@ -14,7 +14,8 @@
 typedef struct { double lr, beta2_decay, eps1, eps2, d, convention, weight_decay; } adafactor_hyper;
 static const char adafactor_hyper_names[] = "lr beta2_decay eps1 eps2 d convention weight_decay";
 
-typedef struct { fs_factoring factoring; double relative_lr, decay, rate; } adafactor_coefs;
+/* least_v: for float and for double. */
+typedef struct { fs_factoring factoring; double least_v[2], relative_lr, decay, rate; } adafactor_coefs;
 
 static void adafactor_prepare(const adafactor_hyper *h, double step, adafactor_coefs *c)
 {
@@ -23,6 +24,11 @@ static void adafactor_prepare(const adafactor_hyper *h, double step, adafactor_c
     c->factoring.weight = pow(step, h->beta2_decay);
     c->factoring.eps = inside ? h->eps1 : 0.0;
     c->factoring.least = inside ? 0.0 : h->eps1;
+    for (int i = 0; i < 2; i++) {
+        const double least = or_epsilon(c->factoring.least, i == 0 ? sizeof(float) : sizeof(double)), square = least * least;
+        const double smallest = i == 0 ? 0x1p-126 : 0x1p-1022;
+        c->least_v[i] = square < smallest ? smallest : square;
+    }
     c->relative_lr = limit < h->lr ? limit : h->lr;
     c->decay = 1.0 - (is_optax ? 1.0 : h->lr) * h->weight_decay;
 }
@@ -39,9 +45,7 @@ static void adafactor_scale(const adafactor_hyper *h, const fs_whole *whole, dou
 
 HELPER(adafactor_along)(real g, real v, const adafactor_coefs *c)
 {
-    const double least = or_epsilon(c->factoring.least, sizeof(real)), square = least * least;
-    const double smallest = sizeof(real) == sizeof(float) ? 0x1p-126 : 0x1p-1022;
-    const real least_v = (real)(square < smallest ? smallest : square);
+    const real least_v = (real)c->least_v[sizeof(real) == sizeof(double)];
     return g / SQRT(v < least_v ? least_v : v);
 }
 

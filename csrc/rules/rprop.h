@@ -30,14 +30,16 @@ static void rprop_prepare(const rprop_hyper *h, double step, rprop_coefs *c)
 
 RULE(rprop)(real *p, real g, real *prev, real *step_size, const rprop_coefs *c)
 {
-    const real smallest = (real)c->smallest, largest = (real)c->largest;
-    const real direction = FN(sign)(g), same = direction * *prev;
-    real s = *step_size * (same > 0 ? (real)c->grow : same < 0 ? (real)c->shrink : 1);
+    const real smallest = (real)c->smallest, largest = (real)c->largest, before = *prev, size = *step_size;
+    const real direction = FN(sign)(g), same = direction * before;
+    real s = size * (same > 0 ? (real)c->grow : same < 0 ? (real)c->shrink : 1);
     s = s < smallest ? smallest : s > largest ? largest : s;
-    *step_size = c->is_late != 0 && same == 0 ? *step_size : s;
-    const real step = (same < 0 ? 0 : direction) * *step_size, before = same < 0 ? 0 : *prev;
-    *prev = c->is_late != 0 ? step : same < 0 ? 0 : g;
-    *p = *p - (c->is_late != 0 ? before : step);
+    s = c->is_late != 0 ? same == 0 ? size : s : s;
+    const real step = (same < 0 ? 0 : direction) * s, late = same < 0 ? 0 : before;
+    const real unlike = same < 0 ? 0 : g;
+    *step_size = s;
+    *prev = c->is_late != 0 ? step : unlike;
+    *p = *p - (c->is_late != 0 ? late : step);
 }
 
 #endif
