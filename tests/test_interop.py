@@ -467,6 +467,7 @@ def test_torch_before_the_first_step(entry, settings, scalars):
 
 
 def test_torch_factors_every_matrix(theirs):
+    pytest.importorskip("torch")
     group = {"lr": 0.5, "beta2_decay": -0.5, "eps": (None, 1e-3), "d": 1.0, "weight_decay": 0, "params": [0]}
     state = {0: {"step": np.float32(3), "row_var": np.ones((2, 1)), "col_var": np.ones((1, 3))}}
     opt = fs.Adafactor(np.ones((2, 3)), min_dim_size_to_factor=3)
