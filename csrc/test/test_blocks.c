@@ -933,7 +933,7 @@ void test_factored(void)
         {{0.25, -0.75, 0.75, 0.25, 1.5, FS_TORCH, 0.0}, 1.0},
         {{0.25, -0.5, 0.125, 1e-3, 1.0, FS_KERAS, 0.0}, 1.0},
         {{0.25, -0.5, NAN, 1e-3, 1.0, FS_TORCH, 0.0}, 1.0},
-        {{1.5, -0.5, 4.0, 1e-3, 1.0, FS_OPTAX, 0.125}, 1.0},
+        {{1.5, -0.5, 0.125, 1e-3, 1.0, FS_OPTAX, 0.125}, 1.0},
         {{0.25, -0.5, 0.0, 1e-3, 1.0, FS_OPTAX, 0.0}, 0x1p100},    /* with a row and a column without gradients */
     };
     static double param[LARGEST], grad[LARGEST], rows[LARGEST], columns[LARGEST], all[LARGEST];
