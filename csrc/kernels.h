@@ -92,11 +92,12 @@ int fs_rule_direction(int rule);
 bool fs_rule_is_scaled(int rule);
 bool fs_rule_is_summed(int rule);
 
-/* How many threads a pass over this many elements should use. `asked` is 0 for the default. */
+/* How many threads a pass over this many elements may use. `asked` is 0 for the default. */
 int fs_threads_for(size_t n_elements, int asked);
+bool fs_threads_insisted(void);
 
-/* Tell how a pass with several threads went: when it started, and how long the calling thread worked on its own share. */
-void fs_threads_learn(int n_threads, long long start, long long own_share);
-long long fs_clock(void);    /* nanoseconds */
+/* All of n parts: each by a thread of its own, or one for all where that is faster. */
+typedef void fs_part(const void *context, size_t part, size_t n_parts);
+void fs_team_run(int n_threads, fs_part *part, const void *context);
 
 #endif

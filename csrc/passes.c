@@ -1,10 +1,6 @@
 /* Passes over all arrays of a plan, cut into one contiguous part per thread. */
 #include "engine.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 fs_pass fs_make_pass(fs_plan *plan, const fs_options *options)
 {
     const fs_level level = fs_level_current();
@@ -32,8 +28,9 @@ static void find_cut(const fs_plan *plan, size_t part, size_t n_parts, size_t *a
     *start = (element - plan->first_element[low]) / FS_BLOCK * FS_BLOCK;
 }
 
-static void run_part(const fs_pass *pass, size_t part, size_t n_parts)
+static void run_part(const void *context, size_t part, size_t n_parts)
 {
+    const fs_pass *pass = context;
     fs_tile tile;
     size_t array, start, last_array, last_end;
     find_cut(pass->plan, part, n_parts, &array, &start);
@@ -47,27 +44,5 @@ static void run_part(const fs_pass *pass, size_t part, size_t n_parts)
 
 void fs_run_pass(const fs_pass *pass)
 {
-    if (pass->plan->n_elements == 0)
-        return;
-#ifdef _OPENMP
-    const int n_threads = fs_threads_for(pass->plan->n_elements, pass->options->n_threads);
-    if (n_threads > 1) {
-        const long long start = fs_clock();
-        long long own_share = 0;
-        int team = 1;
-#pragma omp parallel num_threads(n_threads)
-        {
-            const long long own_start = fs_clock();
-            /* The team may be smaller than asked for, e.g. inside another parallel region. */
-            run_part(pass, (size_t)omp_get_thread_num(), (size_t)omp_get_num_threads());
-            if (omp_get_thread_num() == 0) {
-                team = omp_get_num_threads();
-                own_share = fs_clock() - own_start;
-            }
-        }
-        fs_threads_learn(team, start, own_share);
-        return;
-    }
-#endif
-    run_part(pass, 0, 1);
+    fs_team_run(fs_threads_for(pass->plan->n_elements, pass->options->n_threads), run_part, pass);
 }

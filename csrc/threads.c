@@ -1,4 +1,4 @@
-/* How many threads a pass uses: the only place that decides.
+/* How many threads a pass may use: the only place that decides.
  *
  * The team size is always passed to the parallel region, never set process-wide, so that other OpenMP users in the process
  * are left alone. */
@@ -7,7 +7,6 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
-#include <time.h>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -75,31 +74,9 @@ int fs_threads_get(void)
     return n_threads;
 }
 
-/* A team does harm when its cores are busy elsewhere, above all with the threads of a BLAS library that spin for
- * milliseconds after each call: the end of a parallel region waits for all. Then work goes on with one thread for a
- * multiple of the time lost, which doubles as long as trying again does not help. No result depends on it. */
-enum { FIRST_PATIENCE = 4, LAST_PATIENCE = 64 };
-
-static atomic_llong alone_until = 0;      /* nanoseconds of fs_clock */
-static atomic_int patience = FIRST_PATIENCE;
-
-long long fs_clock(void)
+bool fs_threads_insisted(void)
 {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
-
-void fs_threads_learn(int n_threads, long long start, long long own_share)
-{
-    const long long end = fs_clock(), lost = end - start - n_threads * own_share;
-    if (4 * lost < end - start) {
-        atomic_store(&patience, FIRST_PATIENCE);
-        return;
-    }
-    const int times = atomic_load(&patience);
-    atomic_store(&alone_until, end + times * lost);
-    atomic_store(&patience, times < LAST_PATIENCE ? 2 * times : LAST_PATIENCE);
+    return atomic_load(&insisted);
 }
 
 int fs_threads_for(size_t n_elements, int asked)
@@ -112,7 +89,5 @@ int fs_threads_for(size_t n_elements, int asked)
     const size_t useful = n_elements / ELEMENTS_PER_THREAD;
     if (useful < (size_t)n_threads)
         n_threads = useful > 1 ? (int)useful : 1;
-    if (n_threads > 1 && fs_clock() < atomic_load(&alone_until))
-        n_threads = 1;
     return n_threads;
 }

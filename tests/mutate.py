@@ -95,7 +95,6 @@ ONE_MORE = "there is one more, empty, so that none is not a special case"
 OUTSIDE = "looks one too far, at what is not used; where that is out of bounds, the sanitizers find it"
 EQUAL = "of two equal numbers either will do"
 CUTS = "where the shares of threads are cut changes no result"
-TEAM = "how many threads work changes no result"
 SHORT_WAY = "the short way and the long way have the same bits"
 MERGING = "loops that are not merged only take time"
 ORDER = "in which order, and by which pieces, the elements are visited changes no result"
@@ -103,14 +102,12 @@ ROOM = "room that is not used"
 LEAK = "a leak, which the sanitizers find"
 NOTHING = "an allocation of nothing, which gives NULL elsewhere"
 ONE = "a factor of 1"
-TIME = "time keeping"
 EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("rules/schedule_free.h", "numbers[1] = c->lr > numbers[1]", ">=", EQUAL),
     ("rules/radam.h", "? length > 5.0 : length >= 5.0", None, EQUAL),
     ("passes.c", "const size_t element =", None, CUTS),
     ("passes.c", "plan->first_element[middle] <=", None, CUTS),
     ("passes.c", "*start = (element", None, CUTS),
-    ("passes.c", "if (n_threads > 1)", None, TEAM),
     ("norms.c", "i < plan->n_arrays; i++", "i <= plan->n_arrays; i++", ONE_MORE),
     ("scaled.c", "i < plan->n_arrays; i++", "i <= plan->n_arrays; i++", ONE_MORE),
     ("norms.c", "i < plan->n_groups; i++", "i <= plan->n_groups; i++", ONE_MORE),
@@ -142,12 +139,6 @@ EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("update.c", "o < w->n_operands; o++", "<=", OUTSIDE),
     ("update.c:update_work", "array->is_run && rule_alone", "&& array->in_blocks", SHORT_WAY),
     ("clip.c:clear_work", "t < end_tile", "<=", "cleared twice"),
-    ("passes.c", "own_share = 0", None, TIME),
-    ("passes.c", "int team = 1", None, TIME),
-    ("passes.c", "omp_get_thread_num() == 0", None, TIME),
-    ("passes.c", "team = omp_get_num_threads()", None, TIME),
-    ("passes.c", "fs_clock()", None, TIME),
-    ("passes.c", "fs_threads_learn", None, TIME),
     ("kernels.c:float32_to_float16_at_random", "const bool is_subnormal", "<=", "2^-14 comes out the same either way"),
     ("kernels.c:float32_to_float16_at_random", "is_subnormal ? magnitude : 0", ": 1", "not used where it is not subnormal"),
     ("kernels.c:float32_to_float16_at_random", ">= 0x477fe000", ">", "the largest comes out the same either way"),

@@ -170,6 +170,25 @@ def test_affinity():
     assert done.stdout.strip() == "1", done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_affinity_of_the_team_stays():
+    """A thread woken on the CPU of the one that waits for it moves away; after that it may run everywhere again."""
+    done = python(
+        f"""
+        import os, time
+        import numpy as np, fusedstep as fs
+        opt = fs.Adam([np.ones({N})], num_threads=4)
+        for _ in range(50):
+            time.sleep(1e-3)    # asleep before each step
+            opt.step([np.ones({N})])
+        allowed = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+        assert len(allowed) >= (4 if fs._core.openmp() else 1) and all(mask == allowed[0] for mask in allowed), allowed
+        """,
+        OMP_WAIT_POLICY="passive",
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("files", "wanted"),
     [
