@@ -1,5 +1,6 @@
 """What follows the rule: bounds, averages, clearing of the gradients."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -7,6 +8,7 @@ import fusedstep as fs
 from fusedstep import database, state
 
 BACKENDS = ["c", "reference"]
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -292,6 +294,61 @@ def test_accumulated_gradients_are_their_mean(backend, options, dtype):
             np.testing.assert_array_equal(p[name], q[name])
             for found, kept in zip(grads, before):
                 np.testing.assert_array_equal(found[name], kept[name])
+
+
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [np.dtype(t) for t in DTYPES], ids=str)
+def test_sums_in_another_type_are_those_of_the_reference(dtype, kept):
+    found = []
+    for backend, num_threads in ("reference", None), ("c", 1), ("c", 3):
+        p = {"w": values(3000, seed=7, dtype=dtype), "v": np.asfortranarray(values(60, seed=8, dtype=dtype).reshape(6, 10))}
+        opt = fs.SGD(p, lr=0.5, accumulate_dtype=kept, seed=9, backend=backend, num_threads=num_threads)
+        for step in range(2):
+            for batch in micro_batches(3, dtype):
+                opt.accumulate({name: g * dtype.type(2**step) for name, g in batch.items()})
+            sums = [array.copy() for array in opt._sums.params]
+            opt.step()
+        assert {array.dtype for array in sums} == {np.dtype(kept)}
+        found.append([*p.values(), *sums])
+    for other in found[1:]:
+        for wanted, array in zip(found[0], other):
+            np.testing.assert_array_equal(wanted, array)
+
+
+def test_sums_in_float32_of_float64(rng):
+    batches = rng.standard_normal((5, 1000))
+    w = np.zeros(1000)
+    opt = fs.SGD(w, lr=1.0, accumulate_dtype="float32")
+    for batch in batches:
+        opt.accumulate(batch)
+    assert opt.nbytes == {"accumulated": 4000}
+    opt.step()
+    total = np.zeros(1000, np.float32)
+    for batch in batches:
+        total += batch.astype(np.float32)
+    np.testing.assert_array_equal(w, -(total.astype(np.float64) / 5))
+
+
+@backends
+def test_sums_in_bfloat16_lose_nothing_on_average(backend):
+    """The nearest would stay at 1: half a digit there is 1/256."""
+    n_calls, small = 64, 2.0**-11
+    w = np.zeros(4000, np.float32)
+    opt = fs.SGD(w, lr=1.0, accumulate_dtype="bfloat16", backend=backend)
+    sums = []
+    for _ in range(2):
+        opt.accumulate(np.ones_like(w))
+        for _ in range(n_calls):
+            opt.accumulate(np.full_like(w, small))
+        sums.append(opt._sums.params[0].astype(np.float64))
+        opt.step()
+    exact, digit = 1 + n_calls * small, 2.0**-7
+    # A sum gains a whole digit n_calls times, each with this probability, or not.
+    chance = small / digit
+    deviation = digit * np.sqrt(n_calls * chance * (1 - chance) / w.size)
+    assert all(abs(found.mean() - exact) < 5 * deviation for found in sums)
+    assert len(np.unique(sums[0])) > 2  # each element by bits of its own
+    assert np.count_nonzero(sums[0] != sums[1]) > w.size / 4  # and in each step by others
 
 
 @backends

@@ -23,6 +23,7 @@ class Lock:
 
 class Plan:
     steps: int
+    seed: int
     grads: list[NDArray[Any]] | None
     def __init__(
         self,

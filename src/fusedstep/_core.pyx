@@ -502,7 +502,7 @@ cdef class Plan:
                 self.set_rounding(i, ROUNDINGS[low_precision], residual)
             if unit_axes is not None:
                 self.set_units(i, unit_axes)
-        self.plan.seed = seed
+        self.seed = seed
         check(fs_plan_finish(self.plan))
 
     def __dealloc__(self):
@@ -701,6 +701,15 @@ cdef class Plan:
     @steps.setter
     def steps(self, value):
         self.plan.step = value
+
+    @property
+    def seed(self):
+        """Of random rounding."""
+        return self.plan.seed
+
+    @seed.setter
+    def seed(self, unsigned long long value):
+        self.plan.seed = value
 
     def measure(self, *, double grad_scale=1.0, clip_norm=None, double clip_eps=1e-6, double clip_factor=1.0,
                 str nonfinite="raise", num_threads=None, bint clear_grads=False):

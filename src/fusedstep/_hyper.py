@@ -31,6 +31,7 @@ class Options(TypedDict, total=False):
     ema_decay: Hyper | None
     state_dtype: str | None
     low_precision: str
+    accumulate_dtype: str | None
     seed: int
     stats: bool
     nonfinite: str
@@ -59,6 +60,7 @@ OPTION_DEFAULTS: dict[str, Any] = {
     "ema_decay": None,
     "state_dtype": None,
     "low_precision": "nearest",
+    "accumulate_dtype": None,
     "seed": 0,
     "stats": False,
     "nonfinite": "raise",
@@ -70,14 +72,15 @@ OPTION_DEFAULTS: dict[str, Any] = {
 
 # Options of the whole optimizer; the others may differ between parameter groups.
 GLOBAL_OPTIONS = (
-    "clip_norm", "state_dtype", "low_precision", "seed", "stats", "nonfinite", "convention", "backend", "num_threads",
-    "allocate_state",
+    "clip_norm", "state_dtype", "low_precision", "accumulate_dtype", "seed", "stats", "nonfinite", "convention", "backend",
+    "num_threads", "allocate_state",
 )  # fmt: skip
 
 CHOICES = {
     "decay_mode": (None, "coupled", "decoupled", "independent", "decoupled_after"),
     "state_dtype": (None, "float32", "bfloat16", "int8"),
     "low_precision": ("nearest", "stochastic", "kahan", "split", "master"),
+    "accumulate_dtype": (None, "float32", "bfloat16"),
     "nonfinite": ("raise", "skip", "zero", "propagate"),
     "convention": CONVENTIONS,
     "backend": ("c", "reference"),

@@ -366,6 +366,11 @@ INVALID = [
         ValueError,
         "low_precision: expected one of 'nearest', 'stochastic', 'kahan', 'split', 'master', got 'exact'",
     ),
+    (
+        {"accumulate_dtype": "float16"},
+        ValueError,
+        "accumulate_dtype: expected one of None, 'float32', 'bfloat16', got 'float16'",
+    ),
     ({"stats": 1}, TypeError, "stats: expected True or False, got 1"),
     ({"seed": -1}, ValueError, "seed: expected a whole number in [0, 2**64), got -1"),
     ({"seed": 0.5}, TypeError, "seed: expected a whole number, got 0.5"),

@@ -119,6 +119,8 @@ class Optimizer:
         small updates; rounded at random as states are; or with the rest kept as a state: ``compensation`` in the parameter's
         type, which the next step adds ("kahan"); ``remainder``, the 16 bits that make a bfloat16 a float32 ("split");
         ``master``, a float32 copy that steps go on from, with the parameter rounded from it ("master").
+    accumulate_dtype : {None, "float32", "bfloat16"}
+        What :meth:`accumulate` keeps sums in, if not in the compute type; "bfloat16" is rounded at random, as states are.
     seed : int
         Of what is rounded at random: the same for each seed, step, array and element, with any number of threads.
     stats : bool
@@ -265,7 +267,8 @@ class Optimizer:
         self.stats: bool = _hyper.boolean(defaults["stats"], "stats")
         self.low_precision: str = defaults["low_precision"]
         self.state_dtype: str | None = defaults["state_dtype"]
-        if self.state_dtype == "bfloat16":
+        self.accumulate_dtype: str | None = defaults["accumulate_dtype"]
+        if "bfloat16" in (self.state_dtype, self.accumulate_dtype):
             state.require_bfloat16()
         self._allocate_state: Callable[[str, tuple[int, ...], Any], Any] | None = defaults["allocate_state"]
         if self._allocate_state is not None and not callable(self._allocate_state):
@@ -563,9 +566,13 @@ class Optimizer:
     def accumulate(self, grads: Any = None) -> None:
         """Add gradients to those of earlier calls, for the next :meth:`step` to use their mean.
 
-        The sum is kept in the compute type of each parameter; its division by the number of calls is part of the step, which
-        then takes no gradients and starts anew: also if it is skipped, but not if it raises. For a sum in place of the mean,
-        ``opt.step(grad_scale=1 / opt.accumulated)``. Averages of equal batches are that of the large batch but for rounding.
+        The sum is kept in the compute type of each parameter, or in `accumulate_dtype`; its division by the number of calls
+        is part of the step, which then takes no gradients and starts anew: also if it is skipped, but not if it raises. For
+        a sum in place of the mean, ``opt.step(grad_scale=1 / opt.accumulated)``.
+
+        Averages of equal batches are that of the large batch but for the rounding of each sum, by at most half a last digit.
+        Sums in "bfloat16" are off by up to a whole one, 1/128 of them, but up or down with a probability that makes their
+        expectation exact; rounded to the nearest they would lose whatever is less than half a digit.
 
         Parameters
         ----------
@@ -598,18 +605,21 @@ class Optimizer:
                 self._sums = self._make_sums()
             self._bind_arrays(self._sums, bound if grads is None else self._collected(grads))
             self._plan.forget()
+            self._sums.seed = (self.seed - 1 - self._plan.steps) % 2**64  # other bits in each step, and than the step's own
             self._sums.measure(nonfinite="propagate", num_threads=self.num_threads)
             self._sums.update(True, False)
 
     def _make_sums(self) -> Any:
+        dtype = self.accumulate_dtype
         sums = _arrays.zeros_together(
-            (param, _arrays.memory_axes(param), reference.compute_dtype(param.dtype)) for param in self._params
+            (param, _arrays.memory_axes(param), np.dtype(dtype or reference.compute_dtype(param.dtype)))
+            for param in self._params
         )
-        n = len(sums)
+        operands = [Operands(low_precision="stochastic" if dtype == "bfloat16" else "nearest")] * len(sums)
         if self.backend == "c":
-            plan = _backends.core.Plan(sums, [Operands()] * n, [0] * n, ["sgd"])
+            plan = _backends.core.Plan(sums, operands, [0] * len(sums), ["sgd"])
         else:
-            plan = _backends.ReferencePlan(sums, [Operands()] * n, [0] * n, [_backends.Rule(reference.sgd, ())])
+            plan = _backends.ReferencePlan(sums, operands, [0] * len(sums), [_backends.Rule(reference.sgd, ())])
         plan.set_group(0, {"lr": -1.0, "momentum": 0.0, "dampening": 0.0})  # p - -1 * g
         return plan
 
@@ -726,11 +736,13 @@ class Optimizer:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes of all state arrays, by name of the state."""
+        """Bytes of all state arrays, by name of the state; and, once there are any, of sums of gradients: "accumulated"."""
         sizes: Counter[str] = Counter()
         for own in self.state.values():
             for key, array in own.items():
                 sizes[key] += array.nbytes
+        if self._sums is not None:
+            sizes["accumulated"] = sum(array.nbytes for array in self._sums.params)
         return dict(sizes)
 
     # ---- Saving and loading ----

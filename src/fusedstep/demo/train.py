@@ -76,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--state-dtype", choices=_hyper.CHOICES["state_dtype"][1:], help="what optimizer state is kept in")
     parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="micro-batches that make a batch")
+    parser.add_argument("--accumulate-dtype", choices=_hyper.CHOICES["accumulate_dtype"][1:], help="what they add up in")
     parser.add_argument("--stats", action="store_true", help="table and plot of the norms of gradients and updates by array")
     parser.add_argument("--clip", type=limit, metavar="NORM", help="clip the norm of all gradients")
     parser.add_argument("--ema", type=decay, metavar="DECAY", help="test the average of the parameters, too")
@@ -134,6 +135,7 @@ class Loop:
             clip_norm=args.clip,
             ema_decay=args.ema and ema_warmup(args.ema),
             low_precision=args.low_precision,
+            accumulate_dtype=args.accumulate_dtype,
             state_dtype=args.state_dtype,
             stats=args.stats,
             nonfinite="raise" if self.scaler is None else "skip",
