@@ -15,9 +15,9 @@
 /* A team does harm when its cores are busy elsewhere, above all with the threads of a BLAS library that spin for
  * milliseconds after each call, or when it sleeps and has to be woken for little. So what teams save is added up, and what
  * they lose taken off; when the credit is used up, one thread works alone for a multiple of what was lost, which doubles until
- * teams have earned their credit again. The gain of one pass is not known well, if it was interrupted, and counts for
- * EARNED_AT_MOST. No result depends on any of it. Times are in nanoseconds. */
-enum { CREDIT = 1000000, EARNED_AT_MOST = CREDIT / 8, FIRST_PATIENCE = 2, LAST_PATIENCE = 64 };
+ * teams have earned their credit again. Of a pass that was interrupted neither is known well, so that one counts for little.
+ * No result depends on any of it. Times are in nanoseconds. */
+enum { CREDIT = 1000000, EARNED_AT_MOST = CREDIT / 8, LOST_AT_MOST = 4 * CREDIT, FIRST_PATIENCE = 2, LAST_PATIENCE = 64 };
 
 static atomic_llong credit = CREDIT;
 static atomic_int patience = FIRST_PATIENCE;
@@ -32,7 +32,7 @@ static long long now(void)
 
 static void learn(long long saved)
 {
-    const long long earned = saved < EARNED_AT_MOST ? saved : EARNED_AT_MOST;
+    const long long earned = saved > EARNED_AT_MOST ? EARNED_AT_MOST : saved < -LOST_AT_MOST ? -LOST_AT_MOST : saved;
     const long long left = atomic_fetch_add(&credit, earned) + earned;
     if (left >= CREDIT) {
         atomic_store(&credit, CREDIT);

@@ -36,9 +36,9 @@ RULE(rprop)(real *p, real g, real *prev, real *step_size, const rprop_coefs *c)
     s = s < smallest ? smallest : s > largest ? largest : s;
     s = c->is_late != 0 ? same == 0 ? size : s : s;
     const real step = (same < 0 ? 0 : direction) * s, late = same < 0 ? 0 : before;
-    const real unlike = same < 0 ? 0 : g;
+    const real kept = same < 0 ? 0 : g;
     *step_size = s;
-    *prev = c->is_late != 0 ? step : unlike;
+    *prev = c->is_late != 0 ? step : kept;
     *p = *p - (c->is_late != 0 ? late : step);
 }
 

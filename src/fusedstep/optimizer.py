@@ -568,7 +568,8 @@ class Optimizer:
 
         The sum is kept in the compute type of each parameter, or in `accumulate_dtype`; its division by the number of calls
         is part of the step, which then takes no gradients and starts anew: also if it is skipped, but not if it raises. For
-        a sum in place of the mean, ``opt.step(grad_scale=1 / opt.accumulated)``.
+        a sum in place of the mean, ``opt.step(grad_scale=1 / opt.accumulated)``. Sums are no part of the state dict: save
+        between steps.
 
         Averages of equal batches are that of the large batch but for the rounding of each sum, by at most half a last digit.
         Sums in "bfloat16" are off by up to a whole one, 1/128 of them, but up or down with a probability that makes their
