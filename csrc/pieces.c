@@ -47,7 +47,7 @@ static fs_ahead ahead_of(const fs_array *array, size_t start, size_t count)
 /* Between two loops; not all at once, since the CPU drops what it has no room for. */
 static void fetch_some(fs_ahead *ahead)
 {
-    enum { AT_ONCE = 16 * CACHE_LINE };
+    enum { AT_ONCE = 12 * CACHE_LINE };
     size_t left = AT_ONCE;
     for (; ahead->operand < FS_N_OPERANDS; ahead->operand++, ahead->byte = 0) {
         const fs_operand *operand = &ahead->array->operand[ahead->operand];
