@@ -14,9 +14,9 @@
 
 /* A team does harm when its cores are busy elsewhere, above all with the threads of a BLAS library that spin for
  * milliseconds after each call, or when it sleeps and has to be woken for little. So what teams save is added up, and what
- * they lose taken off; when the credit is used up, one thread works alone for a multiple of what was lost, which doubles until
- * teams have earned their credit again. Of a pass that was interrupted neither is known well, so that one counts for little.
- * No result depends on any of it. Times are in nanoseconds. */
+ * they lose taken off; when the credit is used up, one thread works alone for a multiple of what was lost, which doubles
+ * until teams have earned their credit again. Of a pass that was interrupted neither is known well, so that one counts for
+ * little. No result depends on any of it. Times are in nanoseconds. */
 enum { CREDIT = 1000000, EARNED_AT_MOST = CREDIT / 8, LOST_AT_MOST = 4 * CREDIT, FIRST_PATIENCE = 2, LAST_PATIENCE = 64 };
 
 static atomic_llong credit = CREDIT;
@@ -46,8 +46,8 @@ static void learn(long long saved)
 }
 
 /* A thread that slept may be woken on the CPU of the one that called it, though others are idle, and both stay there: for
- * milliseconds the caller spins for one that cannot run, or cannot run itself. So the caller gives its CPU away while it waits,
- * and who finds itself on it moves to another. */
+ * milliseconds the caller spins for one that cannot run, or cannot run itself. So the caller gives its CPU away while it
+ * waits, and who finds itself on it moves to another. */
 static void leave_cpu(int cpu)
 {
 #ifdef __linux__
