@@ -84,11 +84,13 @@ static void pause_cpu(void)
 static void wait_for(atomic_int *n_done, int n)
 {
     enum { SPINS = 100 };    /* some microseconds */
-    for (int spins = 0; atomic_load(n_done) < n; spins++)
-        if (spins < SPINS)
+    for (int spins = 0; atomic_load(n_done) < n;)
+        if (spins < SPINS) {
             pause_cpu();
-        else
+            spins++;
+        } else {
             sched_yield();
+        }
 }
 
 static void run_together(int n_threads, fs_part *part, const void *context)

@@ -69,7 +69,7 @@ C_TESTS = [
     "levels_and_threads",
     "norms",
 ]
-C_TEST_FILES = ["test/test_fusedstep.c", "test/test_blocks.c", "test/harness.c"]
+C_TEST_FILES = ["test/harness.c", *(f"test/{path.name}" for path in sorted(CSRC.glob("test/test_*.c")))]
 PYTHON_TESTS = ["test_kernels.py", "test_interface.py", "test_failures.py", "test_bits.py"]
 FLAGS = ["-std=c11", "-O1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp", "-Wall", "-Werror"]
 ENVIRONMENT = {**os.environ, "QUICK": "1", "OMP_WAIT_POLICY": "passive"}
@@ -104,6 +104,7 @@ NOTHING = "an allocation of nothing, which gives NULL elsewhere"
 ONE = "a factor of 1"
 EXPLAINED: list[tuple[str, str, str | None, str]] = [
     ("rules/schedule_free.h", "numbers[1] = c->lr > numbers[1]", ">=", EQUAL),
+    ("rules/adafactor.h", "double least_v[2]", None, ROOM),
     ("rules/radam.h", "? length > 5.0 : length >= 5.0", None, EQUAL),
     ("passes.c", "const size_t element =", None, CUTS),
     ("passes.c", "plan->first_element[middle] <=", None, CUTS),

@@ -112,13 +112,17 @@ spread make_spread(const ptrdiff_t *shape, size_t layout, size_t item);
 /* Between the buffer and the same array in C order. */
 void copy_spread(const spread *s, const ptrdiff_t *shape, size_t item, char *run, bool to_run);
 
-/* ---- The tests of test_blocks.c, which main runs too -------------------------------------------------------------- */
+/* ---- The tests, in the order in which they run --------------------------------------------------------------------- */
 
-void test_small_states(void);
-void test_join_and_part(void);
-void test_blocks(void);
-void test_stats(void);
-void test_units(void);
-void test_factored(void);
+#define FOR_TESTS(TEST)                                                                                            \
+    TEST(textbook) TEST(scaled) TEST(summed) TEST(numbers) TEST(muon) TEST(conventions) TEST(negative_variance)    \
+    TEST(stages) TEST(after_the_rule) TEST(small_states) TEST(join_and_part) TEST(blocks) TEST(stats) TEST(units)  \
+    TEST(factored) TEST(nonfinite) TEST(out_of_memory) TEST(many_arrays) TEST(empty_plans) TEST(half_made_plans)   \
+    TEST(scalar) TEST(norms_of_nonfinite) TEST(clip_nonfinite) TEST(clip_magnitudes) TEST(norms) TEST(layouts)     \
+    TEST(runs_have_ends) TEST(grad_scale) TEST(guard_pages) TEST(fork) TEST(plans_are_independent)                 \
+    TEST(levels_and_threads) TEST(halves_load_and_store) TEST(halves_round) TEST(settings)
+
+#define DECLARE_TEST(name) void test_##name(void);
+FOR_TESTS(DECLARE_TEST)
 
 #endif
