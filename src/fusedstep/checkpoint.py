@@ -21,6 +21,7 @@ from . import _arrays
 from ._arrays import Change, assign
 from ._version import __version__
 from .optimizer import Optimizer
+from .saving import live_state_dict, loading
 from .wrappers import Wrapper, settled
 
 Array = NDArray[Any]
@@ -83,7 +84,7 @@ def save(path: str | os.PathLike[str], opt: Optimizer | Wrapper, params: Any = N
     target = as_path(path)
     opt = as_optimizer(opt)
     with opt._lock:
-        state_dict = opt._state_dict()
+        state_dict = live_state_dict(opt)
         arrays = named_arrays(params, opt)
         tensors = {f"params/{name}": array for name, array in arrays}
         tensors |= {f"state/{n}/{key}": a for n, own in state_dict.pop("state").items() for key, a in own.items()}
@@ -144,7 +145,7 @@ def load(
             assign(changes)
         else:
             with opt._lock:
-                assign(changes + opt._loading(checkpoint.state_dict, strict))
+                assign(changes + loading(opt, checkpoint.state_dict, strict))
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{source}: {error}") from None

@@ -1,4 +1,4 @@
-"""What all optimizers share: parameters, groups, state, the step, saving and loading."""
+"""What all optimizers share: parameters, groups, state, the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _arrays, _backends, _hyper, reference, state
+from . import _arrays, _backends, _hyper, reference, saving, state
 from ._arrays import Change, assign, assignment
 from ._hyper import Hyper
 from .errors import NonFiniteGradientError
@@ -24,9 +24,6 @@ from .state import AVERAGE, RESIDUALS, Kernel, Need, Operands
 from .telemetry import Stats
 
 Array = NDArray[Any]
-
-STATE_DICT_VERSION = 1
-SAVED_OPTIONS = ("clip_norm", "seed", "nonfinite")  # of the whole optimizer; groups save theirs
 
 
 class Part(NamedTuple):
@@ -751,26 +748,8 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later: copies of all state, the step number, the hyper-parameters that are numbers."""
         with self._lock:
-            live = self._state_dict()
+            live = saving.live_state_dict(self)
             return {**live, "state": {name: {k: a.copy() for k, a in own.items()} for name, own in live["state"].items()}}
-
-    def _state_dict(self) -> dict[str, Any]:
-        """The same with the state arrays themselves."""
-        steps = self._plan.steps
-        self._prepare_plan(self._resolve(self.param_groups, steps), steps)  # state that fits edited hyper-parameters
-        return {
-            "version": STATE_DICT_VERSION,
-            "rule": type(self).__name__,
-            "convention": self.convention,
-            "step": steps,
-            "options": {key: value for key in SAVED_OPTIONS if not has_callable(value := getattr(self, key))},
-            "state": {name: dict(own) for name, own in self.state.items()},
-            "memory_axes": {name: self._axes(param) for name, param in zip(self._names, self._params)},
-            "param_groups": [
-                {key: value for key, value in group.items() if key != "params" and not has_callable(value)}
-                for group in self.param_groups
-            ],
-        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Go on from a :meth:`state_dict`. Matched by name; everything is checked before anything changes.
@@ -788,90 +767,7 @@ class Optimizer:
             If rule, convention, version, names, shapes or dtypes do not fit. Nothing has changed then.
         """
         with self._lock:
-            assign(self._loading(state_dict, strict))
-
-    def _loading(self, state_dict: Mapping[str, Any], strict: bool) -> list[Change]:
-        """What to assign to go on from a state dict."""
-        label = "state_dict"
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"{label}: expected a mapping, got {type(state_dict).__name__}")
-        for key in ("version", "rule", "convention", "step", "options", "state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"{label}[{key!r}]: expected a value, got none")
-        for key, wanted in (
-            ("version", STATE_DICT_VERSION), ("rule", type(self).__name__), ("convention", self.convention),
-        ):  # fmt: skip
-            if state_dict[key] != wanted:
-                raise ValueError(f"{label}[{key!r}]: expected {wanted!r}, got {state_dict[key]!r}")
-        step = state_dict["step"]
-        if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 0 <= step < 2**53:
-            raise ValueError(f"{label}['step']: expected a whole number from 0 to 2**53, got {step!r}")
-        changes = self._loaded_options(state_dict["options"])
-        groups = self._loaded_groups(state_dict["param_groups"], strict)
-        values = self._resolve(groups, int(step))
-        kernels, part_of = [self._kernel(part) for part in self._parts(values)], self._places(values)
-        specs = self._specs(kernels, part_of)
-        loaded = self._loaded_states(state_dict["state"], state_dict.get("memory_axes", {}), specs, strict)
-        owned = self._completed(specs)
-        seed = state_dict["options"].get("seed", self.seed)
-        changes += self._adoption(self._make_plan(kernels, part_of, owned, int(step), seed), kernels, part_of, owned)
-        changes += [(group, key, new[key]) for group, new in zip(self.param_groups, groups) for key in new]
-        return changes + [(owned[name][key], ..., array) for name, own in loaded.items() for key, array in own.items()]
-
-    def _loaded_options(self, loaded: Any) -> list[Change]:
-        label = "state_dict['options']"
-        if not isinstance(loaded, Mapping) or not set(loaded) <= set(SAVED_OPTIONS):
-            raise ValueError(f"{label}: expected a mapping with keys among {', '.join(SAVED_OPTIONS)}, got {loaded!r}")
-        if "clip_norm" in loaded:
-            _hyper.resolve("clip_norm", loaded["clip_norm"], 0, f"{label}['clip_norm']")
-        if "seed" in loaded:
-            _hyper.check_seed(loaded["seed"], f"{label}['seed']")
-        if "nonfinite" in loaded:
-            _hyper.choice("nonfinite", loaded["nonfinite"], f"{label}['nonfinite']")
-        return [(self.__dict__, key, value) for key, value in loaded.items() if not has_callable(getattr(self, key))]
-
-    def _loaded_groups(self, loaded: Any, strict: bool) -> list[dict[str, Any]]:
-        """The present groups with the hyper-parameters of the loaded ones."""
-        label = "state_dict['param_groups']"
-        if not isinstance(loaded, (list, tuple)) or not all(isinstance(group, Mapping) for group in loaded):
-            raise TypeError(f"{label}: expected a list of mappings, got {loaded!r}")
-        names = [group["names"] for group in self.param_groups]
-        loaded_names = [list(group.get("names", ())) for group in loaded]
-        if strict and names != loaded_names:
-            raise ValueError(f"{label}: expected the names {names}, got {loaded_names}")
-        groups = [dict(group) for group in self.param_groups]
-        for group, given in zip(groups, loaded):
-            for key, value in given.items():
-                if key == "names":
-                    continue
-                if key not in self._group_defaults:
-                    raise ValueError(f"{label}: expected hyper-parameters of {type(self).__name__}, got {key!r}")
-                if not has_callable(group[key]):
-                    group[key] = value
-        return groups
-
-    def _loaded_states(
-        self, loaded: Any, memory_axes: Any, specs: dict[str, dict[str, state.Spec]], strict: bool
-    ) -> dict[str, dict[str, Array]]:
-        """The loaded state arrays, checked, in the types they have here."""
-        if not isinstance(memory_axes, Mapping):
-            raise TypeError(f"state_dict['memory_axes']: expected a mapping, got {memory_axes!r}")
-        if not isinstance(loaded, Mapping) or not all(isinstance(own, Mapping) for own in loaded.values()):
-            raise TypeError(f"state_dict['state']: expected a mapping of mappings, got {loaded!r}")
-        states: dict[str, dict[str, Array]] = {}
-        for name in loaded:
-            if strict and name not in self.state:
-                raise ValueError(f"state_dict['state'][{name!r}]: expected a parameter's name, got a name that none has")
-        for name, param in zip(self._names, self._params):
-            if name not in loaded:
-                if strict:
-                    raise ValueError(f"state_dict['state'][{name!r}]: expected state arrays, got none")
-                continue
-            axes = memory_axes.get(name, self._axes(param))
-            if not isinstance(axes, (list, tuple)) or sorted(axes) != list(range(param.ndim)):
-                raise ValueError(f"state_dict['memory_axes'][{name!r}]: expected an order of the axes, got {axes!r}")
-            states[name] = state.loaded(loaded[name].items(), specs[name], list(axes), f"state_dict['state'][{name!r}]")
-        return states
+            assign(saving.loading(self, state_dict, strict))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(f"{type(self).__name__} belongs to its arrays and cannot be copied or pickled: use its state_dict()")
@@ -907,10 +803,6 @@ def with_defaults_of_convention(init: Any) -> Any:
         init(self, *args, **kwargs)
 
     return wrapped
-
-
-def has_callable(value: Any) -> bool:
-    return callable(value) or (isinstance(value, (tuple, list)) and any(callable(v) for v in value))
 
 
 def is_constant(value: Any) -> bool:

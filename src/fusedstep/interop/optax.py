@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..optimizer import Optimizer
+from ..saving import live_state_dict
 from ..state import FACTORS
 from .common import check_rule, check_shape, exported, imported, library, the_step
 
@@ -210,7 +211,7 @@ def of_factors(opt: Optimizer, change: Change) -> Change:
     """The same change where rows are along the longer axis of a matrix, and there are placeholders of one element."""
     shapes: dict[str, tuple[int, ...]] = {name: param.shape for name, param in zip(opt._names, opt._params)}
     with opt._lock:
-        states = opt._state_dict()["state"]
+        states = live_state_dict(opt)["state"]
 
     def change_leaf(label: str, key: str, name: str, leaf: Any) -> Any:
         *_, n_rows, n_columns = 0, 0, *shapes.get(name, ())
