@@ -40,8 +40,9 @@ void fs_run_pass(const fs_pass *pass);
 /* Sum in a binary tree over neighbours, as if filled up with zeros. Overwrites the values. */
 double fs_pairwise_sum(double *values, size_t n);
 
-/* Each array's sum of what its blocks have of a statistic. */
+/* Each array's sum of what its blocks have of a statistic; and that of one. */
 void fs_finish_stat(fs_plan *plan, int stat);
+void fs_finish_stat_of(fs_plan *plan, int stat, size_t i);
 
 /* The exponent e for which a sum of squares of doubles x is to be taken again, of 2^-e x, since it is too large or too small
  * to be good; 0 if it is good, or nan. */

@@ -46,11 +46,16 @@ double fs_pairwise_sum(double *values, size_t n)
     return values[0];
 }
 
+void fs_finish_stat_of(fs_plan *plan, int stat, size_t i)
+{
+    plan->stats[stat][i] = fs_pairwise_sum(plan->block_stats[stat] + plan->first_block[i],
+                                           plan->first_block[i + 1] - plan->first_block[i]);
+}
+
 void fs_finish_stat(fs_plan *plan, int stat)
 {
     for (size_t i = 0; i < plan->n_arrays; i++)
-        plan->stats[stat][i] = fs_pairwise_sum(plan->block_stats[stat] + plan->first_block[i],
-                                               plan->first_block[i + 1] - plan->first_block[i]);
+        fs_finish_stat_of(plan, stat, i);
 }
 
 /* Squares of finite doubles may overflow or vanish. The plain sum is taken when it is surely good; beyond that the array

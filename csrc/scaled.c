@@ -11,9 +11,12 @@ static bool has_direction(const fs_group *group)
     return fs_rule_direction(group->rule) != group->rule;
 }
 
-/* Those norms: of the parameter, with its decay, and of the direction of its step; or sums of what the rule puts into the
- * places of the parameter and of the first state. Nothing else changes. */
-static void scale_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
+enum { N_MEASURED = 2 };
+static const int measured[N_MEASURED] = {FS_PARAM_SQUARES, FS_UPDATE_SQUARES};
+
+/* What those norms are made of: sums of squares, each of a multiple, of the parameter, with its decay, and of the direction of
+ * its step; or sums of what the rule puts into the places of the parameter and of the first state. Nothing else changes. */
+static void measure(const fs_pass *pass, size_t i, size_t start, size_t end, const double *scales, fs_tile *tile)
 {
     const fs_plan *plan = pass->plan;
     const fs_array *array = &plan->arrays[i];
@@ -31,15 +34,43 @@ static void scale_work(const fs_pass *pass, size_t i, size_t start, size_t end, 
         fs_copy_block(&w, array, start, count, at, tile);
         w.k->apply_stages(count, at[FS_PARAM], at[FS_PARAM], NULL, &decay);
         if (!is_summed)
-            w.k->sum_squares(count, at[FS_PARAM], 1.0, &plan->block_stats[FS_PARAM_SQUARES][block]);
+            w.k->sum_squares(count, at[FS_PARAM], scales[0], &plan->block_stats[FS_PARAM_SQUARES][block]);
         fs_apply_rule(&w, count, at, at[FS_GRAD]);
         if (is_summed) {
             w.k->sum(count, at[FS_PARAM], &plan->block_stats[FS_PARAM_SQUARES][block]);
             w.k->sum(count, at[FS_STATE], &plan->block_stats[FS_UPDATE_SQUARES][block]);
         } else {
-            w.k->sum_squares(count, at[FS_PARAM], 1.0, &plan->block_stats[FS_UPDATE_SQUARES][block]);
+            w.k->sum_squares(count, at[FS_PARAM], scales[1], &plan->block_stats[FS_UPDATE_SQUARES][block]);
         }
     }
+}
+
+static void scale_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
+{
+    static const double as_it_is[N_MEASURED] = {1.0, 1.0};
+    measure(pass, i, start, end, as_it_is, tile);
+}
+
+/* Squares that a double does not hold are measured once more. */
+static void finish_norms(const fs_pass *pass, size_t i, double *norms)
+{
+    fs_plan *plan = pass->plan;
+    const fs_array *array = &plan->arrays[i];
+    int exponents[N_MEASURED] = {0};
+    double scales[N_MEASURED];
+    for (int m = 0; m < N_MEASURED; m++) {
+        if (array->real == FS_FLOAT64)
+            exponents[m] = fs_rescue_exponent(plan->stats[measured[m]][i]);
+        scales[m] = ldexp(1.0, -exponents[m]);
+    }
+    if (exponents[0] != 0 || exponents[1] != 0) {
+        fs_tile tile;
+        measure(pass, i, 0, array->size, scales, &tile);
+        for (int m = 0; m < N_MEASURED; m++)
+            fs_finish_stat_of(plan, measured[m], i);
+    }
+    for (int m = 0; m < N_MEASURED; m++)
+        norms[m] = ldexp(sqrt(plan->stats[measured[m]][i]), exponents[m]);
 }
 
 static bool is_summed_array(const fs_plan *plan, size_t i)
@@ -63,8 +94,8 @@ static void measure_directions(fs_pass *pass)
 {
     pass->work = scale_work;
     fs_run_pass(pass);
-    finish_measured(pass->plan, FS_PARAM_SQUARES);
-    finish_measured(pass->plan, FS_UPDATE_SQUARES);
+    for (int m = 0; m < N_MEASURED; m++)
+        finish_measured(pass->plan, measured[m]);
 }
 
 void fs_put_in_order_of_sums(fs_plan *plan)
@@ -92,16 +123,18 @@ static void begin_array(fs_plan *plan, size_t i)
 }
 
 /* The others, and its numbers after this step. */
-static void scale_array(fs_plan *plan, size_t i)
+static void scale_array(const fs_pass *pass, size_t i)
 {
+    fs_plan *plan = pass->plan;
     const fs_array *array = &plan->arrays[i];
     const fs_group *group = &plan->groups[array->group];
     const int n_numbers = fs_rule_numbers(group->rule);
-    const double first = plan->stats[FS_PARAM_SQUARES][i], second = plan->stats[FS_UPDATE_SQUARES][i];
-    double numbers[FS_MAX_NUMBERS];
+    double numbers[FS_MAX_NUMBERS], norms[N_MEASURED] = {0};
     load_numbers(array, n_numbers, numbers);
-    const fs_whole whole = {.size = (double)array->size, .param_norm = sqrt(first), .direction_norm = sqrt(second),
-                            .sums = {first, second}};
+    if (has_direction(group) && !fs_rule_is_summed(group->rule))
+        finish_norms(pass, i, norms);
+    const fs_whole whole = {.size = (double)array->size, .param_norm = norms[0], .direction_norm = norms[1],
+                            .sums = {plan->stats[FS_PARAM_SQUARES][i], plan->stats[FS_UPDATE_SQUARES][i]}};
     fs_rule_scale(group->rule, group->hyper, &whole, numbers, plan->coefs[i]);
     for (int n = 0; n < n_numbers; n++)
         memcpy(array->number[n], &numbers[n], sizeof numbers[n]);
@@ -124,5 +157,5 @@ void fs_scale_pass(fs_pass *pass)
         measure_directions(pass);
     for (size_t i = 0; i < plan->n_arrays; i++)
         if (plan->groups[plan->arrays[i].group].is_scaled)
-            scale_array(plan, i);
+            scale_array(pass, i);
 }

@@ -471,3 +471,26 @@ def test_killed_while_saving(tmp_path):
     n_files, moments = done.stdout.split(" ", 1)
     assert int(n_files) <= 2  # at most the last one's leftover
     assert "(0, True)" in moments  # killed while the file was being written
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_nothing_but_files_is_replaced(tmp_path):
+    """Saving to /dev/null, as root, would put a file in its place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="expected a file or nothing there, got a directory, device or pipe"):
+        fs.save(pipe, fs.SGD(np.ones(2), lr=0.1))
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_nothing_is_loaded_while_averages_are_shown(tmp_path):
+    """Parameters would be what they were before, and state and steps those of the file."""
+    w = np.ones(2)
+    opt = fs.SGD({"w": w}, lr=0.5, ema_decay=0.5)
+    fs.save(tmp_path / "a", opt)
+    opt.step({"w": np.ones(2)})
+    with opt.averaged(), pytest.raises(RuntimeError, match="expected the parameters in their arrays, got their averages"):
+        fs.load(tmp_path / "a", opt)
+    assert opt.steps == 1
+    np.testing.assert_array_equal(w, [0.5, 0.5])

@@ -1,5 +1,8 @@
 """What follows the rule: bounds, averages, clearing of the gradients."""
 
+import re
+import weakref
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -393,4 +396,44 @@ def test_what_was_accumulated_stays_after_an_error(backend):
     assert opt.step().applied
     np.testing.assert_array_equal(w, at - values(seed=1))
     with pytest.raises(ValueError, match="grads: expected gradients, got none, and none are bound"):
+        opt.step()
+
+
+@pytest.mark.parametrize("backend", ["c", "reference"])
+def test_accumulated_gradients_can_be_forgotten(backend):
+    w = np.zeros(2)
+    opt = fs.SGD({"w": w}, lr=1.0, backend=backend)
+    opt.accumulate({"w": np.array([1.0, np.nan])})
+    for _ in range(2):
+        with pytest.raises(fs.NonFiniteGradientError):
+            opt.step()
+    with pytest.raises(ValueError, match=re.escape("add them with accumulate(), or reset_accumulated()")):
+        opt.step({"w": np.ones(2)})
+    opt.reset_accumulated()
+    assert opt.accumulated == 0
+    opt.step({"w": np.ones(2)})
+    np.testing.assert_array_equal(w, [-1.0, -1.0])
+
+
+@pytest.mark.parametrize("backend", ["c", "reference"])
+def test_loading_forgets_accumulated_gradients(backend):
+    w = np.zeros(2)
+    opt = fs.SGD({"w": w}, lr=1.0, backend=backend)
+    before = opt.state_dict()
+    opt.accumulate({"w": np.full(2, 100.0)})
+    opt.load_state_dict(before)
+    opt.accumulate({"w": np.ones(2)})
+    opt.step()
+    np.testing.assert_array_equal(w, [-1.0, -1.0])
+
+
+def test_letting_go_of_gradients():
+    opt = fs.SGD({"w": np.zeros(2)}, lr=1.0)
+    gradient = np.ones(2)
+    alive = weakref.ref(gradient)
+    opt.step({"w": gradient})
+    opt.bind(None)
+    del gradient
+    assert alive() is None
+    with pytest.raises(ValueError, match="none are bound"):
         opt.step()

@@ -1,6 +1,7 @@
 """What goes wrong elsewhere must not here: failures reproduced in other libraries, and all-or-nothing in general."""
 
 import math
+import pickle
 
 import ml_dtypes
 import numpy as np
@@ -302,3 +303,46 @@ def test_refused_gradients_stay_refused(backend):
             with pytest.raises(ValueError, match=r"^grads\['1'\]: expected shape \(3,\), got \(4,\)"):
                 opt.step([p, np.ones(4)])
             assert snapshot(opt) == before
+
+
+@pytest.mark.parametrize("backend", ["c", "reference"])
+@pytest.mark.parametrize("size", [1e200, 1.0, 1e-200])
+@pytest.mark.parametrize("optimizer", [fs.LAMB, fs.LARS, fs.Adafactor])
+def test_norms_of_parameters_of_any_size(optimizer, size, backend):
+    """A step is as long as the parameter, which is `size` times that of a parameter of 1, to rounding."""
+    options = {"eps": (None, 0.0)} if optimizer is fs.Adafactor else {}
+    found = []
+    for scale in 1.0, size:
+        w = scale * np.arange(1.0, 7.0).reshape(2, 3)
+        optimizer(w, lr=0.1, backend=backend, **options).step(np.arange(-6.0, 0.0).reshape(2, 3))
+        found.append(w / scale)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-14)
+    assert (found[0] != np.arange(1.0, 7.0).reshape(2, 3)).all()
+
+
+@pytest.mark.parametrize("backend", ["c", "reference"])
+def test_direction_of_any_size(backend):
+    """LARS divides by the norm of the gradient, whose squares a double does not hold."""
+    found = []
+    for scale in 1.0, 1e200, 1e-200:
+        w = np.ones(4)
+        fs.LARS(w, lr=0.1, backend=backend).step(np.full(4, scale))
+        found.append(w)
+    assert (found[0] < 1).all()
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-15)
+
+
+def test_errors_come_back_from_workers():
+    """Pools of processes pickle exceptions; one that cannot be read again breaks the pool, or hangs it."""
+    opt = fs.SGD({"a": np.ones(2), "b": np.ones(2)}, lr=0.1)
+    with pytest.raises(fs.NonFiniteGradientError) as caught:
+        opt.step({"a": np.ones(2), "b": np.array([np.nan, np.inf])})
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.names, again.counts) == (str(caught.value), ("b",), {"b": 2})
+
+
+@pytest.mark.parametrize(
+    "clip", [fs.global_norm, lambda g: fs.clip_by_global_norm(g, 1.0), lambda g: fs.clip_by_norm(g, 1.0)]
+)
+def test_gradients_from_a_generator(clip):
+    assert clip(g for g in [np.full(2, 3.0), np.full(2, 4.0)]) > 4

@@ -196,7 +196,8 @@ class Optimizers(RuleBasedStateMachine):
     @rule(
         edit=st.sampled_from(
             [
-                ("lr", 0.5), ("lr", 0.0), ("lr", -1.0), ("lr", float("nan")), ("lr", "x"), ("weight_decay", 0.1), ("l1", 0.01),
+                ("lr", 0.5), ("lr", 0.0), ("lr", -1.0), ("lr", float("nan")), ("lr", "x"), ("weight_decay", 0.1), ("weight_decay", 2.5), ("l1", 0.01),
+                ("decay_mode", "decoupled"), ("decay_mode", "independent"), ("decay_mode", None),
                 ("maximize", True), ("clip_value", 0.2), ("clip_value", None), ("clip_norm_per_array", 0.5), ("amsgrad", True),
                 ("ema_decay", 0.5), ("ema_decay", None), ("ema_decay", 1.0), ("clip_adaptive", 0.05), ("clip_adaptive", None), ("max_norm", 0.5), ("max_norm", None), ("unit_axes", 0),
                 ("momentum", 0.5), ("momentum", 0.0), ("centered", True), ("betas", (0.5, 0.25)), ("eps", 1e-3),

@@ -3,6 +3,7 @@
 import array as array_module
 import copy
 import inspect
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -535,3 +536,55 @@ def test_state_is_one_block_laid_out_like_the_parameters():
         place = low % 64 // state.itemsize * state.itemsize
         assert not state.size or state.ctypes.data % 64 == place
     assert not any(np.shares_memory(a, b) for i, (_, a) in enumerate(arrays) for _, b in arrays[:i])
+
+
+@pytest.mark.parametrize("backend", ["c", "reference"])
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        (lambda groups: groups[0].pop("lr"), ValueError, "param_groups[0]['lr']: expected a value, got none"),
+        (lambda groups: groups[0].update(learning_rate=5.0), TypeError, "param_groups[0]: unknown key 'learning_rate'"),
+        (lambda groups: groups.append(dict(groups[0])), ValueError, "param_groups: expected 1 as at first, got 2"),
+        (lambda groups: groups.clear(), ValueError, "param_groups: expected 1 as at first, got 0"),
+    ],
+    ids=["without lr", "unknown", "another", "none"],
+)
+def test_edits_that_are_none_of_a_hyper_parameter(backend, edit, error, message):
+    w = np.ones(2)
+    opt = fs.SGD({"w": w}, lr=0.5, backend=backend)
+    opt.step({"w": np.ones(2)})
+    edit(opt.param_groups)
+    with pytest.raises(error, match=re.escape(message)):
+        opt.step({"w": np.ones(2)})
+    assert opt.steps == 1
+    np.testing.assert_array_equal(w, [0.5, 0.5])
+
+
+def test_attributes_that_would_have_no_effect():
+    opt = fs.SGD(np.ones(2), lr=0.5)
+    for name, value in ("stats", True), ("seed", 3), ("backend", "reference"), ("state_dtype", "int8"):
+        with pytest.raises(AttributeError, match=f"{name}: cannot be changed any more"):
+            setattr(opt, name, value)
+    with pytest.raises(AttributeError, match=re.escape("lr: expected to be set for a group: opt.param_groups[0]['lr']")):
+        opt.lr = 0.1
+
+
+@pytest.mark.parametrize("value", [0, -3, 2**17, 2**80, "x", 1.5])
+def test_number_of_threads(value):
+    """Wherever it is given, before anything changes."""
+    error = ValueError if isinstance(value, int) else TypeError
+    opt = fs.SGD(np.ones(2), lr=0.5)
+    opt.num_threads = value
+    before = fs.get_num_threads()
+    for call in (
+        lambda: opt.step(np.ones(2)),
+        lambda: fs.SGD(np.ones(2), lr=0.5, num_threads=value),
+    ):
+        with pytest.raises(error, match="^num_threads: expected"):
+            call()
+    with pytest.raises(error, match="^n: expected"):
+        fs.set_num_threads(value)
+    with fs.threads(1):
+        pass
+    assert opt.steps == 0
+    assert fs.get_num_threads() == before

@@ -185,3 +185,27 @@ def test_state_cannot_be_exchanged():
         opt.state["w"]["exp_avg"] = np.zeros(3)
     with pytest.raises(TypeError):
         opt.state["w"] = {}
+
+
+class InterruptedLock:
+    """Ctrl-C as it is released."""
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *error):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("backend", ["c", "reference"])
+def test_interrupt_when_averages_are_shown(backend):
+    """The parameters are in their arrays again, wherever it comes."""
+    w = np.zeros(2)
+    opt = fs.SGD({"w": w}, lr=1.0, ema_decay=0.5, backend=backend)
+    opt.step({"w": np.ones(2)})
+    lock, opt._lock = opt._lock, InterruptedLock()
+    with pytest.raises(KeyboardInterrupt), opt.averaged():
+        pass
+    opt._lock = lock
+    np.testing.assert_array_equal(w, [-1.0, -1.0])
+    assert opt.step({"w": np.ones(2)}).step == 2

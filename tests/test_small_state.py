@@ -312,3 +312,25 @@ def test_training_goes_as_well():
         losses[state_dtype] = model.loss(x, y)
     assert losses["int8"] < 1.05 * losses[None]
     assert losses["bfloat16"] < 1.05 * losses[None]
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_packed_state_is_aligned(state_dtype):
+    """Kernels store to it directly."""
+
+    def allocate(name, shape, dtype):
+        buffer = np.zeros(np.prod(shape, dtype=int) * np.dtype(dtype).itemsize + 1, np.uint8)
+        return buffer[1:].view(dtype).reshape(shape)
+
+    with pytest.raises(ValueError, match="expected an array aligned to its items"):
+        fs.SGD({"w": np.zeros(3, np.float32)}, lr=0.5, momentum=0.5, state_dtype=state_dtype, allocate_state=allocate)
+
+
+@pytest.mark.parametrize("backend", ["c", "reference"])
+def test_read_only_state(backend):
+    w = np.ones(2)
+    opt = fs.SGD({"w": w}, lr=0.5, momentum=0.5, backend=backend)
+    opt.state["w"]["momentum_buffer"].flags.writeable = False
+    with pytest.raises(ValueError, match="momentum_buffer'\\]: expected a writeable array, got a read-only one"):
+        opt.step({"w": np.ones(2)})
+    np.testing.assert_array_equal(w, [1.0, 1.0])

@@ -1,6 +1,7 @@
 """Saving and loading: by name, checked whole before anything changes, bit-exact resume."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -198,3 +199,37 @@ def test_hyperparameters_edited_before_saving():
     opt.param_groups[0]["momentum"] = 0.5
     other.load_state_dict(opt.state_dict())
     assert not other.state["0"]["momentum_buffer"].any()
+
+
+def test_hyper_parameters_go_by_names():
+    """As state does, where not all names are there: not by the place of a group."""
+
+    def optimizer(**rates):
+        return fs.SGD([{"params": {name: np.ones(2)}, "lr": lr} for name, lr in rates.items()])
+
+    opt = optimizer(b=0.9, z=0.7, a=0.8)
+    opt.load_state_dict(optimizer(a=0.1, b=0.2).state_dict(), strict=False)
+    assert [(group["names"], group["lr"]) for group in opt.param_groups] == [(["b"], 0.2), (["z"], 0.7), (["a"], 0.1)]
+
+    both = fs.SGD([{"params": {"a": np.ones(2), "b": np.ones(2)}, "lr": 0.5}])
+    message = "state_dict['param_groups']: expected one lr for ['a', 'b'], got 0.1 and 0.2"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        both.load_state_dict(optimizer(a=0.1, b=0.2).state_dict(), strict=False)
+    assert both.param_groups[0]["lr"] == 0.5
+
+
+def test_shapes_are_checked_without_state():
+    """Plain gradient descent has none that would tell."""
+    opt = fs.SGD({"w": np.ones(3)}, lr=0.1)
+    with pytest.raises(ValueError, match=re.escape("state_dict['shapes']['w']: expected [3], got [4]")):
+        opt.load_state_dict(fs.SGD({"w": np.ones(4)}, lr=0.5).state_dict())
+    assert opt.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("param_groups", [{"names": 3}]), ("memory_axes", {"w": ["x", 0]}), ("shapes", 3)], ids=str
+)
+def test_nonsense_is_refused_by_name(key, value):
+    opt = fs.SGD({"w": np.ones((2, 2))}, lr=0.1, momentum=0.5)
+    with pytest.raises((TypeError, ValueError), match=re.escape(f"state_dict['{key}']")):
+        opt.load_state_dict({**opt.state_dict(), key: value})

@@ -331,3 +331,49 @@ def test_beside_blas(rng):
         a @ a
         opt.step([g])
     assert opt.steps == 5
+
+
+@pytest.mark.parametrize("call", [lambda opt: opt.averages, lambda opt: opt.state_dict(), lambda opt: opt.step(np.ones(2))])
+def test_calls_from_within_a_call(call):
+    """By a schedule, or a signal handler meanwhile: waiting for oneself would never end."""
+    opt = fs.SGD(np.ones(2), lr=0.5)
+    opt.param_groups[0]["lr"] = lambda step: call(opt) and 0.1
+    with pytest.raises(RuntimeError, match="this thread is within a call of the same optimizer"):
+        opt.step(np.ones(2))
+    opt.param_groups[0]["lr"] = 0.5
+    assert opt.step(np.ones(2)).step == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_while_another_thread_steps():
+    """Nobody will ever finish that step in the child: an error there, no endless wait."""
+    done = python(
+        """
+        import os, threading, numpy as np, fusedstep as fs
+        started, go_on = threading.Event(), threading.Event()
+        opt, other = fs.SGD(np.ones(2), lr=0.5), fs.SGD(np.ones(2), lr=0.5)
+
+        def slow(step):
+            started.set()
+            go_on.wait()
+            return 0.5
+
+        opt.param_groups[0]["lr"] = slow
+        thread = threading.Thread(target=opt.step, args=[np.ones(2)])
+        thread.start()
+        started.wait()
+        child = os.fork()
+        if child == 0:
+            other.step(np.ones(2))
+            try:
+                opt.step(np.ones(2))
+            except RuntimeError as error:
+                os._exit(0 if "forked while another thread" in str(error) else 1)
+            os._exit(2)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        go_on.set()
+        thread.join()
+        assert (status, opt.steps) == (0, 1)
+        """
+    )
+    assert done.returncode == 0, done.stderr

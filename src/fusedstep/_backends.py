@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, Union
 
@@ -38,6 +39,11 @@ def require_core() -> Any:
             'backend="reference"'
         ) from core_error
     return core
+
+
+def make_lock() -> Any:
+    """A lock of an optimizer's; that of the extension module raises where waiting would never end."""
+    return threading.Lock() if core is None else core.Lock()
 
 
 class Rule(NamedTuple):

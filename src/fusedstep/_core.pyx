@@ -8,11 +8,14 @@ from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject, PyTypeObject
 from cpython.pythread cimport (
-    PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_release_lock, PyThread_type_lock,
+    PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_get_thread_ident, PyThread_release_lock,
+    PyThread_type_lock,
 )
 from libc.math cimport INFINITY, NAN, ldexp, sqrt
 from libc.stddef cimport ptrdiff_t, size_t
 cimport numpy as cnp
+
+import os
 
 from fusedstep._arrays import overlaps_itself
 from fusedstep._hyper import CONVENTIONS, decay_mode
@@ -391,12 +394,26 @@ cdef bint gather(object spec, object tree, list leaves) except -1:
     return True
 
 
+cdef long long n_forks = 0    # between the first process and this one
+
+
+def count_fork():
+    global n_forks
+    n_forks += 1
+
+
+os.register_at_fork(after_in_child=count_fork)
+
+
 cdef class Lock:
-    """`threading.Lock` for ``with`` blocks, and for `Plan.repeat`, which has no time to call methods."""
+    """A lock for ``with`` blocks, and for `Plan.repeat`, that does not wait where nobody would ever release it."""
 
     cdef PyThread_type_lock lock
+    cdef unsigned long owner         # the thread that holds it; 0 if unknown
+    cdef long long forks_before      # n_forks when it was acquired; -1 if unknown
 
     def __cinit__(self):
+        self.forks_before = -1
         self.lock = PyThread_allocate_lock()
         if self.lock == NULL:
             check(FS_OUT_OF_MEMORY)
@@ -405,16 +422,43 @@ cdef class Lock:
         if self.lock != NULL:
             PyThread_free_lock(self.lock)
 
+    cdef bint acquire_at_once(self) noexcept:
+        if not PyThread_acquire_lock(self.lock, 0):
+            return False
+        self.take()
+        return True
+
+    cdef void take(self) noexcept:
+        self.owner = PyThread_get_thread_ident()
+        self.forks_before = n_forks
+
+    cdef void release(self) noexcept:
+        self.owner = 0
+        self.forks_before = -1
+        PyThread_release_lock(self.lock)
+
     def __enter__(self):
-        cdef bint acquired = PyThread_acquire_lock(self.lock, 0)
+        cdef bint acquired = self.acquire_at_once()
+        if acquired:
+            return
+        if 0 <= self.forks_before < n_forks:
+            raise RuntimeError(
+                "the process forked while another thread was in a call of this optimizer: what it has here may be half updated"
+            )
+        if self.owner == PyThread_get_thread_ident():
+            raise RuntimeError(
+                "this thread is within a call of the same optimizer, from where a schedule or a signal handler made another: "
+                "make it afterwards"
+            )
         while not acquired:
             with nogil:
                 acquired = PyThread_acquire_lock_timed(self.lock, -1, 1) == PY_LOCK_ACQUIRED
             if not acquired:    # a signal came
                 PyErr_CheckSignals()
+        self.take()
 
     def __exit__(self, *error):
-        PyThread_release_lock(self.lock)
+        self.release()
 
 
 # A plan writes each operand of a parameter, the scales of its states, and its numbers.
@@ -811,12 +855,12 @@ cdef class Plan:
         report_type : type
             A named tuple.
         """
-        if self.seen is None or self.plan.has_stats or not PyThread_acquire_lock(lock.lock, 0):
+        if self.seen is None or self.plan.has_stats or not lock.acquire_at_once():
             return None
         try:
             return self.repeat_locked(optimizer, grads, grad_scale, zero_grads, report_type)
         finally:
-            PyThread_release_lock(lock.lock)
+            lock.release()
 
     cdef repeat_locked(self, optimizer, grads, grad_scale, bint zero_grads, report_type):
         cdef dict settings = optimizer.__dict__

@@ -103,7 +103,7 @@ def number(value: Any, label: str, wanted: str, accept: Callable[[float], bool])
     return result
 
 
-def whole_number(value: Any, label: str, least: int) -> int:
+def whole_number(value: Any, label: str, least: float = -math.inf) -> int:
     try:
         whole = operator.index(value)
     except TypeError:
@@ -311,11 +311,13 @@ def choice(name: str, value: Any, label: str | None = None) -> Any:
 
 
 def check_seed(value: Any, label: str = "seed") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{label}: expected a whole number, got {value!r}")
-    if not 0 <= value < 2**64:
+    if not 0 <= whole_number(value, label) < 2**64:
         raise ValueError(f"{label}: expected a whole number in [0, 2**64), got {value}")
 
 
+MAX_THREADS = 2**16
+
+
 def check_num_threads(value: Any, label: str = "num_threads") -> None:
-    whole_number(value, label, 1)
+    if whole_number(value, label, 1) > MAX_THREADS:
+        raise ValueError(f"{label}: expected at most {MAX_THREADS}, got {value}")

@@ -40,9 +40,9 @@ def set_num_threads(n: int | None) -> None:
     global _chosen
     if n is not None:
         _hyper.check_num_threads(n, "n")
-    _chosen = n
     if _backends.core is not None:
         _backends.core.set_num_threads(n or 0)
+    _chosen = n
 
 
 @contextmanager
@@ -85,6 +85,7 @@ def _start() -> None:
     if wanted is not None:
         if not wanted.isdecimal() or int(wanted) < 1:
             raise ValueError(f"FUSEDSTEP_NUM_THREADS: expected a whole number >= 1, got {wanted!r}")
+        _hyper.check_num_threads(int(wanted), "FUSEDSTEP_NUM_THREADS")
         set_num_threads(int(wanted))
     level = os.environ.get("FUSEDSTEP_CPU_LEVEL")
     if level is not None and _backends.core is not None:

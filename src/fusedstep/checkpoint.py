@@ -67,6 +67,15 @@ def save(path: str | os.PathLike[str], opt: Optimizer | Wrapper, params: Any = N
         If an argument is not what it should be.
     OSError
         If the file cannot be written. An older file at `path` is still there then.
+    RuntimeError
+        If called within a step of the same thread, by a schedule or a signal handler. A handler that is to save should set a
+        flag to look at after the step.
+
+    Notes
+    -----
+    Schedules are functions and not saved. What has a state dict of its own, :class:`fusedstep.schedules.ReduceOnPlateau` or
+    :class:`fusedstep.DynamicLossScaler`, goes into `extra`: ``extra={"plateau": plateau.state_dict()}``. Gradients that
+    :meth:`Optimizer.accumulate` has added up are not saved: save between steps.
 
     Examples
     --------
@@ -238,6 +247,8 @@ def digest(text: str, tensors: dict[str, Array]) -> str:
 def write(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
     library = safetensors()
     path = path.resolve()  # where a link points to
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: expected a file or nothing there, got a directory, device or pipe")
     remove_leftovers(path)
     # A folder, because the library may make temporary files of its own.
     folder = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")

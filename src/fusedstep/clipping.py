@@ -30,7 +30,8 @@ class Gradients:
         self.names = structure.names
         check = _arrays.as_writeable if writeable else _arrays.as_gradient
         labels = [f"grads[{name!r}]" for name in self.names]
-        arrays = [check(leaf, label) for label, leaf in zip(labels, structure.collect(grads))]
+        leaves = structure.leaves if params is None else structure.collect(grads)
+        arrays = [check(leaf, label) for label, leaf in zip(labels, leaves)]
         if writeable:
             _arrays.check_overlaps(zip(labels, arrays))
         beside = arrays if params is None else self.beside(structure.leaves, list(zip(labels, arrays)))

@@ -396,7 +396,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"weight_decay": 0.1, "decoupled_weight_decay": True},
     {"weight_decay": 0.001, "decay_mode": "independent"},
     {"weight_decay": 0.1, "decay_mode": "decoupled_after", "bounds": (-1, 1)},
-    {"l1": 0.01},
+    {"l1": 0.01, "weight_decay": 1.5, "decay_mode": "independent"},  # turns signs over: l1 is to see them before
     {"maximize": True},
     {"clip_norm": 0.5},
     {"clip_norm_per_array": 0.25},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,10 @@ from .state import AVERAGE, RESIDUALS, Kernel, Need, Operands
 from .telemetry import Stats
 
 Array = NDArray[Any]
+
+
+# Options that plans and state are made by.
+FIXED = ("backend", "convention", "state_dtype", "low_precision", "accumulate_dtype", "seed", "stats")
 
 
 class Part(NamedTuple):
@@ -260,7 +263,7 @@ class Optimizer:
         self.num_threads: int | None = defaults["num_threads"]
         self.clip_norm: Hyper | None = defaults["clip_norm"]
         _hyper.check_seed(defaults["seed"])
-        self.seed: int = defaults["seed"]
+        self.seed = int(defaults["seed"])
         self.stats: bool = _hyper.boolean(defaults["stats"], "stats")
         self.low_precision: str = defaults["low_precision"]
         self.state_dtype: str | None = defaults["state_dtype"]
@@ -300,7 +303,7 @@ class Optimizer:
         _hyper.resolve("clip_norm", self.clip_norm, 0, "clip_norm")
 
         self.state: Mapping[str, Mapping[str, Array]] = {name: {} for name in self._names}
-        self._lock: Any = _backends.core.Lock() if _backends.core is not None else threading.Lock()
+        self._lock = _backends.make_lock()
         # By group: its hyper-parameters as given, and checked, and which of them to look at anew for each step.
         self._resolved: dict[int, tuple[list[Any], dict[str, Any], list[str]]] = {}
         self._in_plan: list[dict[str, Any]] = []  # those the plan has
@@ -313,15 +316,20 @@ class Optimizer:
 
     def _add_group(self, group: Mapping[str, Any]) -> None:
         label = f"param_groups[{len(self.param_groups)}]"
-        for key in group:
-            if key != "params" and key not in self._group_defaults:
-                raise TypeError(f"{label}: unknown key {key!r}; a group has params, {', '.join(self._group_defaults)}")
+        self._check_keys({"names": (), **self._group_defaults, **group}, label)
         n_before = sum(len(structure.names) for structure in self._structures)
         structure = _arrays.Structure(group["params"], first_index=n_before)
         arrays = [_arrays.as_writeable(leaf, f"params[{name!r}]") for name, leaf in zip(structure.names, structure.leaves)]
         self._structures.append(structure)
         own = {key: value for key, value in group.items() if key != "params"}
         self.param_groups.append({"params": arrays, "names": list(structure.names), **self._group_defaults, **own})
+
+    def _check_keys(self, group: Mapping[str, Any], label: str) -> None:
+        wanted = {"params", "names", *self._group_defaults}
+        for key in group.keys() - wanted:
+            raise TypeError(f"{label}: unknown key {key!r}; a group has params, {', '.join(self._group_defaults)}")
+        for key in wanted - group.keys():
+            raise ValueError(f"{label}[{key!r}]: expected a value, got none")
 
     def _labelled(self, what: str, arrays: list[Array]) -> list[tuple[str, Array]]:
         return [(f"{what}[{name!r}]", array) for name, array in zip(self._names, arrays)]
@@ -330,8 +338,14 @@ class Optimizer:
 
     def _resolve(self, groups: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
         """The values of each group's hyper-parameters at this step, checked: those of last time if none has changed."""
+        if len(groups) != len(self._structures):
+            raise ValueError(
+                f"param_groups: expected {len(self._structures)} as at first, got {len(groups)}: for other parameters make "
+                "another optimizer"
+            )
         resolved = []
         for i, group in enumerate(groups):
+            self._check_keys(group, f"param_groups[{i}]")
             raw = [group[key] for key in self._group_defaults]
             raw_before, values, keys = self._resolved.get(i, ([], {}, []))
             is_new = not values or not all(map(operator.is_, raw, raw_before))
@@ -494,7 +508,9 @@ class Optimizer:
     def _step_with_sums(self, grads: Any, grad_scale: float) -> StepReport:
         """A step with the mean of the accumulated gradients."""
         if grads is not None:
-            raise ValueError("grads: expected none after accumulate(), got gradients")
+            raise ValueError(
+                "grads: expected none after accumulate(), got gradients: add them with accumulate(), or reset_accumulated()"
+            )
         bound = self._plan.grads
         try:
             self._plan.bind(self._sums.params)
@@ -508,10 +524,11 @@ class Optimizer:
 
     def _step(self, grads: Any, grad_scale: float, zero_grads: bool, used: Any = None) -> StepReport:
         """A step with all there may be to look at."""
-        if self._shown is not None:
-            raise RuntimeError(f"step: expected the parameters in their arrays, got {self._shown.what}")
+        self._check_not_shown("step")
         grad_scale = _hyper.grad_scale(grad_scale, "grad_scale")
         _hyper.choice("nonfinite", self.nonfinite)
+        if self.num_threads is not None:
+            _hyper.check_num_threads(self.num_threads)
         steps = self._plan.steps
         values = self._resolve(self.param_groups, steps)
         clip_norm = _hyper.resolve("clip_norm", self.clip_norm, steps, "clip_norm")
@@ -564,9 +581,9 @@ class Optimizer:
         """Add gradients to those of earlier calls, for the next :meth:`step` to use their mean.
 
         The sum is kept in the compute type of each parameter, or in `accumulate_dtype`; its division by the number of calls
-        is part of the step, which then takes no gradients and starts anew: also if it is skipped, but not if it raises. For
-        a sum in place of the mean, ``opt.step(grad_scale=1 / opt.accumulated)``. Sums are no part of the state dict: save
-        between steps.
+        is part of the step, which then takes no gradients and starts anew: also if it is skipped, but not if it raises; then
+        :meth:`reset_accumulated` does. For a sum in place of the mean, ``opt.step(grad_scale=1 / opt.accumulated)``. Sums
+        are no part of the state dict, and loading one forgets them: save between steps.
 
         Averages of equal batches are that of the large batch but for the rounding of each sum, by at most half a last digit.
         Sums in "bfloat16" are off by up to a whole one, 1/128 of them, but up or down with a probability that makes their
@@ -626,10 +643,22 @@ class Optimizer:
         """How many gradients :meth:`accumulate` has added up since the last step."""
         return 0 if self._sums is None else int(self._sums.steps)
 
-    def bind(self, grads: Any) -> None:
-        """Use these gradient arrays from now on: later calls of :meth:`step` without gradients read what they then hold."""
+    def reset_accumulated(self) -> None:
+        """Forget the gradients added up so far, for example after one that was not finite."""
         with self._lock:
-            self._bind(grads)
+            self._sums = None
+
+    def bind(self, grads: Any) -> None:
+        """Use these gradient arrays from now on: later calls of :meth:`step` without gradients read what they then hold.
+
+        A step keeps the arrays it was given until it is given others, and so does this. With None it lets go of them.
+        """
+        with self._lock:
+            if grads is None:
+                self._plan.forget()
+                self._plan.unbind()
+            else:
+                self._bind(grads)
 
     def _bind(self, grads: Any) -> None:
         self._bind_arrays(self._plan, self._collected(grads))
@@ -671,6 +700,9 @@ class Optimizer:
         read_only = self._plan.first_read_only()
         if read_only >= 0:
             raise ValueError(f"params[{self._names[read_only]!r}]: expected a writeable array, got a read-only one")
+        for label, array in state.labels(self.state):
+            if not array.flags.writeable:
+                raise ValueError(f"{label}: expected a writeable array, got a read-only one")
         for label, grad in self._labelled("grads", self._plan.grads) if grads_too else ():
             if not grad.flags.writeable:
                 raise ValueError(f"{label}: expected a writeable array for zero_grads=True, got a read-only one")
@@ -708,29 +740,33 @@ class Optimizer:
         ValueError
             If none has an average.
         """
-        with self._lock:
-            averages = self._averages()
-            pairs = [(param, averages[name]) for name, param in zip(self._names, self._params) if name in averages]
-            if not pairs:
-                raise ValueError("ema_decay: expected a number in some parameter group, got none")
-            show, restore = self._showing("their averages (within opt.averaged())", pairs)
-            show()
+        restore = None
         try:
+            with self._lock:
+                averages = self._averages()
+                pairs = [(param, averages[name]) for name, param in zip(self._names, self._params) if name in averages]
+                if not pairs:
+                    raise ValueError("ema_decay: expected a number in some parameter group, got none")
+                show, restore = self._showing("their averages (within opt.averaged())", pairs)
+                show()
             yield
         finally:
-            with self._lock:
-                restore()
+            if restore is not None and self._shown is not None:
+                restore()  # at once: an interrupt can come when a lock is taken
 
     def _showing(self, what: str, values: list[tuple[Array, Array]]) -> tuple[Callable[[], None], Callable[[], None]]:
         """Two functions: to have other values in parameters' arrays, and what they held before. No steps in between."""
-        if self._shown is not None:
-            raise RuntimeError(f"params: expected the parameters in their arrays, got {self._shown.what}")
+        self._check_not_shown("params")
         self._check_writeable(False)
         self._plan.forget()
         back: list[Change] = [(param, ..., param.copy()) for param, _ in values]
         shown = Shown(what, self._averages())
         show = assignment([(self.__dict__, "_shown", shown), *((param, ..., value) for param, value in values)])
         return show, assignment([*back, (self.__dict__, "_shown", None)])
+
+    def _check_not_shown(self, label: str) -> None:
+        if self._shown is not None:
+            raise RuntimeError(f"{label}: expected the parameters in their arrays, got {self._shown.what}")
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -768,6 +804,13 @@ class Optimizer:
         """
         with self._lock:
             assign(saving.loading(self, state_dict, strict))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED and name in self.__dict__:
+            raise AttributeError(f"{name}: cannot be changed any more: make another optimizer and load the state dict")
+        if name in self.__dict__.get("_group_defaults", ()):
+            raise AttributeError(f"{name}: expected to be set for a group: opt.param_groups[0][{name!r}]")
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(f"{type(self).__name__} belongs to its arrays and cannot be copied or pickled: use its state_dict()")

@@ -221,14 +221,14 @@ def operands(
             factor = adaptive_factors(p, g, clip_adaptive, clip_factor, param.shape, unit_axes)
         clip(g, factor, clip_value)
         mode = _hyper.decay_mode({"decay_mode": decay_mode, "decoupled_weight_decay": decoupled_weight_decay})
+        if mode == "coupled" and weight_decay != 0:
+            g += weight_decay * p
+        if l1 != 0:
+            g += l1 * np.sign(p)
         if mode == "independent":
             p *= 1 - weight_decay
         elif mode == "decoupled":
             p *= 1 - lr * weight_decay
-        elif mode == "coupled" and weight_decay != 0:
-            g += weight_decay * p
-        if l1 != 0:
-            g += l1 * np.sign(p)
         yield [p, g, *s]
         if mode == "decoupled_after":
             p *= 1 - lr * weight_decay
@@ -743,8 +743,9 @@ def rule_decay(stages: Stages) -> float:
 
 
 def norm(x: Array) -> float:
-    """The root of :func:`sum_squares`."""
-    return math.sqrt(sum_squares(x))
+    """The root of :func:`scaled_sum_squares`."""
+    total, exponent = scaled_sum_squares(x)
+    return ldexp(math.sqrt(total), exponent)
 
 
 def lamb(

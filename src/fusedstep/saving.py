@@ -35,6 +35,7 @@ def live_state_dict(opt: Optimizer) -> dict[str, Any]:
         "step": steps,
         "options": {key: value for key in OPTIONS if not has_callable(value := getattr(opt, key))},
         "state": {name: dict(own) for name, own in opt.state.items()},
+        "shapes": {name: list(param.shape) for name, param in zip(opt._names, opt._params)},
         "memory_axes": {name: opt._axes(param) for name, param in zip(opt._names, opt._params)},
         "param_groups": [
             {key: value for key, value in group.items() if key != "params" and not has_callable(value)}
@@ -46,6 +47,7 @@ def live_state_dict(opt: Optimizer) -> dict[str, Any]:
 def loading(opt: Optimizer, state_dict: Mapping[str, Any], strict: bool) -> list[Change]:
     """What to assign for an optimizer to go on from a state dict, which is checked."""
     label = "state_dict"
+    opt._check_not_shown(label)
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"{label}: expected a mapping, got {type(state_dict).__name__}")
     for key in ("version", "rule", "convention", "step", "options", "state", "param_groups"):
@@ -65,10 +67,12 @@ def loading(opt: Optimizer, state_dict: Mapping[str, Any], strict: bool) -> list
     kernels, part_of = [opt._kernel(part) for part in opt._parts(values)], opt._places(values)
     specs = opt._specs(kernels, part_of)
     loaded = loaded_states(opt, state_dict["state"], state_dict.get("memory_axes", {}), specs, strict)
+    check_shapes(opt, state_dict.get("shapes", {}))
     owned = opt._completed(specs)
     seed = state_dict["options"].get("seed", opt.seed)
     changes += opt._adoption(opt._make_plan(kernels, part_of, owned, int(step), seed), kernels, part_of, owned)
     changes += [(group, key, new[key]) for group, new in zip(opt.param_groups, groups) for key in new]
+    changes.append((opt.__dict__, "_sums", None))
     return changes + [(owned[name][key], ..., array) for name, own in loaded.items() for key, array in own.items()]
 
 
@@ -91,19 +95,33 @@ def loaded_groups(opt: Optimizer, loaded: Any, strict: bool) -> list[dict[str, A
     if not isinstance(loaded, (list, tuple)) or not all(isinstance(group, Mapping) for group in loaded):
         raise TypeError(f"{label}: expected a list of mappings, got {loaded!r}")
     names = [group["names"] for group in opt.param_groups]
-    loaded_names = [list(group.get("names", ())) for group in loaded]
-    if strict and names != loaded_names:
+    loaded_names = [group.get("names") for group in loaded]
+    if not all(isinstance(own, (list, tuple)) for own in loaded_names) or (
+        strict and names != list(map(list, loaded_names))
+    ):
         raise ValueError(f"{label}: expected the names {names}, got {loaded_names}")
     groups = [dict(group) for group in opt.param_groups]
-    for group, given in zip(groups, loaded):
-        for key, value in given.items():
-            if key == "names":
+    for i, group in enumerate(groups):
+        found: dict[str, Any] = {}
+        for j, given in enumerate(loaded):
+            if not (i == j if strict else set(names[i]) & set(loaded_names[j])):
                 continue
-            if key not in opt._group_defaults:
-                raise ValueError(f"{label}: expected hyper-parameters of {type(opt).__name__}, got {key!r}")
-            if not has_callable(group[key]):
-                group[key] = value
+            for key, value in given.items():
+                if key != "names" and key not in opt._group_defaults:
+                    raise ValueError(f"{label}: expected hyper-parameters of {type(opt).__name__}, got {key!r}")
+                if found.setdefault(key, value) != value and key != "names":
+                    raise ValueError(f"{label}: expected one {key} for {names[i]}, got {found[key]!r} and {value!r}")
+        group.update({key: value for key, value in found.items() if key != "names" and not has_callable(group[key])})
     return groups
+
+
+def check_shapes(opt: Optimizer, loaded: Any) -> None:
+    """Of parameters: some rules have no state whose shapes would tell."""
+    if not isinstance(loaded, Mapping):
+        raise TypeError(f"state_dict['shapes']: expected a mapping, got {loaded!r}")
+    for name, param in zip(opt._names, opt._params):
+        if name in loaded and loaded[name] != list(param.shape):
+            raise ValueError(f"state_dict['shapes'][{name!r}]: expected {list(param.shape)}, got {loaded[name]!r}")
 
 
 def loaded_states(
@@ -124,7 +142,7 @@ def loaded_states(
                 raise ValueError(f"state_dict['state'][{name!r}]: expected state arrays, got none")
             continue
         axes = memory_axes.get(name, opt._axes(param))
-        if not isinstance(axes, (list, tuple)) or sorted(axes) != list(range(param.ndim)):
+        if not isinstance(axes, (list, tuple)) or sorted(axes, key=str) != sorted(range(param.ndim), key=str):
             raise ValueError(f"state_dict['memory_axes'][{name!r}]: expected an order of the axes, got {axes!r}")
         states[name] = state.loaded(loaded[name].items(), specs[name], list(axes), f"state_dict['state'][{name!r}]")
     return states

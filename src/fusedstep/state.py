@@ -200,11 +200,18 @@ def allocated(wanted: list[tuple[str, Spec]], allocate: Allocate | None) -> list
         is_float = _arrays.is_supported(dtype)
         array = _arrays.as_writeable(allocate(name, like.shape, dtype), label, any_dtype=not is_float)
         _arrays.check_state(array, like.shape, dtype, label)
-        if must_be_packed(name, dtype) and not array.transpose(axes).flags.c_contiguous:
-            order = "C order" if axes == sorted(axes) else f"the order {axes} of its axes"
-            raise ValueError(f"{label}: expected an array in {order}, without gaps, got strides {array.strides}")
+        if must_be_packed(name, dtype):
+            check_packed(array, axes, label)
         arrays.append(array)
     return arrays
+
+
+def check_packed(array: Array, axes: list[int], label: str) -> None:
+    if not array.transpose(axes).flags.c_contiguous:
+        order = "C order" if axes == sorted(axes) else f"the order {axes} of its axes"
+        raise ValueError(f"{label}: expected an array in {order}, without gaps, got strides {array.strides}")
+    if not array.flags.aligned:
+        raise ValueError(f"{label}: expected an array aligned to its items, got one that begins at an odd address")
 
 
 def must_be_packed(name: str, dtype: np.dtype[Any]) -> bool:

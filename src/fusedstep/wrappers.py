@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _hyper, reference, state
+from . import _backends, _hyper, reference, state
 from ._arrays import Change, assign
 from .clipping import global_norm
 from .optimizer import Optimizer, StepReport
@@ -121,7 +120,7 @@ class Lookahead(Wrapper):
         self.opt: Optimizer = opt
         self.k, self.alpha = k, alpha
         self._exchange_at: int | None = None  # the number of steps after which slow weights become the parameters
-        self._lock = threading.Lock()
+        self._lock = _backends.make_lock()
         decay = SlowDecay(k, alpha)
         with opt._lock:
             groups = [{**group, "ema_decay": decay} for group in opt.param_groups]
@@ -235,15 +234,17 @@ class SAM(Wrapper):
             raise TypeError(f"closure: expected a callable that returns gradients, got {closure!r}")
         opt = self._settled()
         grads = closure()
-        with opt._lock:
-            perturbed = self._perturbed(opt, grads)
-            if perturbed is not None:
-                show, restore = opt._showing("others (within the closure of SAM.step)", perturbed)
-        if perturbed is not None:
-            try:
-                show()
+        restore = None
+        try:
+            with opt._lock:
+                perturbed = self._perturbed(opt, grads)
+                if perturbed is not None:
+                    show, restore = opt._showing("others (within the closure of SAM.step)", perturbed)
+                    show()
+            if restore is not None:
                 grads = closure()
-            finally:
+        finally:
+            if restore is not None and opt._shown is not None:
                 restore()
         return self.opt.step(grads, grad_scale=grad_scale, zero_grads=zero_grads)
 
