@@ -1,7 +1,11 @@
 """The command line, as a person would use it."""
 
 import gzip
+import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,6 +159,20 @@ def test_train_says_when_the_loss_is_no_longer_finite(capsys):
         (["train", "--epochs", "0"], "argument --epochs: expected at least 1, got 0"),
         (["train", "--batch-size", "x"], "argument --batch-size: "),
         (["train", "--lr", "-1"], "lr: expected a finite number >= 0, got -1.0"),
+        (["train", "--epochs", "1e3"], "argument --epochs: expected a whole number, got '1e3'"),
+        (["train", "--seed", "-1"], "argument --seed: expected a whole number in [0, 2**64), got -1"),
+        (["train", "--seed", "9" * 26], "argument --seed: expected a whole number in [0, 2**64), got 999"),
+        (["train", "--threads", "100000"], "argument --threads: expected at most "),
+        (["train", "--target-loss", "nan"], "argument --target-loss: expected a finite number, got nan"),
+        (["train", "--clip", "x"], "argument --clip: expected a finite number > 0, got 'x'"),
+        (["train", "--precision", "float16", "--low-precision", "split"], 'expected bfloat16 for low_precision="split"'),
+        (["bench", "--clip-norm", "-1"], "argument --clip-norm: expected a finite number > 0, got -1.0"),
+        (["bench", "--clip-norm", "nan"], "argument --clip-norm: expected a finite number > 0, got nan"),
+        (["bench", "--threads", "0"], "argument --threads: expected at least 1, got 0"),
+        (["bench", "--threads", "-3"], "argument --threads: expected at least 1, got -3"),
+        (["bench", "--threads", "100000"], "argument --threads: expected at most "),
+        (["bench", "--seconds", "0"], "argument --seconds: expected a finite number > 0, got 0.0"),
+        (["bench", "--seconds", "-1"], "argument --seconds: expected a finite number > 0, got -1.0"),
         (["dance"], "invalid choice: 'dance'"),
     ],
 )
@@ -163,6 +181,98 @@ def test_mistakes(capsys, arguments, message):
     assert status == 2
     assert message in text
     assert "Traceback" not in text
+
+
+def test_version(capsys):
+    assert fusedstep(capsys, "--version") == (0, f"fusedstep {fs.__version__}\n")
+
+
+# ---- Output ----
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "suffix"),
+    [
+        ("train", "--plot", ".png"),
+        ("schedules", "--plot", ".svg"),
+        ("bench", "--plot", ".pdf"),
+        ("bench", "--json", ".json"),
+    ],
+)
+def test_output_is_tried_before_the_work(capsys, monkeypatch, tmp_path, command, option, suffix):
+    monkeypatch.setattr(getattr(__main__, command), "main", lambda args: 0)
+    assert fusedstep(capsys, command, option, str(tmp_path / f"new{suffix}")) == (0, "")
+    folder, locked = tmp_path / f"folder{suffix}", tmp_path / f"locked{suffix}"
+    folder.mkdir()
+    locked.touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked)  # root may write to all files
+    wrong = {
+        folder: f"expected a file, got the folder '{folder}'",
+        tmp_path / "none" / f"x{suffix}": "expected a file in a folder that exists, got ",
+        locked / f"x{suffix}": "expected a file in a folder that exists, got ",
+        locked: f"expected a file that can be written, got '{locked}'",
+    }
+    if option == "--plot":
+        wrong[tmp_path / "x.docx"] = wrong[tmp_path / "x"] = "expected a name that ends in one of "
+    for path, message in wrong.items():
+        status, text = fusedstep(capsys, command, option, str(path))
+        assert status == 2
+        assert f"argument {option}: {message}" in text
+    assert sorted(tmp_path.iterdir()) == [folder, locked]
+
+
+def test_training_goes_on_without_a_picture_nobody_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("loss-curves.png").mkdir()
+    status, text = fusedstep(capsys, "train", "--stats", "--epochs", "1")
+    assert status == 0
+    assert "no plot: expected a file, got the folder 'loss-curves.png'" in text
+    assert len(digests(text)) == 1
+
+
+def in_shell(command, **environment):
+    """Status and stderr of a pipeline; ``fusedstep`` is the command."""
+    command = f'set -o pipefail; fusedstep() {{ "{sys.executable}" -m fusedstep "$@"; }}; {command}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, env={**os.environ, **environment})
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.parametrize("command", ["info | true", "schedules | head -1", "schedules --help | true"])
+def test_a_closed_pipe_ends_it_quietly(command):
+    status, errors = in_shell(f"fusedstep {command}")
+    assert status in (0, 1)  # 0 if all was written before
+    assert errors == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk here")
+def test_a_full_disk_takes_one_line():
+    status, errors = in_shell("fusedstep info > /dev/full")
+    assert status == 1
+    assert errors == "fusedstep: [Errno 28] No space left on device\n"
+
+
+def test_ascii_takes_what_it_can(tmp_path):
+    out = tmp_path / "out"
+    status, _ = in_shell(f"fusedstep train --epochs 1 > '{out}'", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    assert status == 0
+    assert " ?s " in out.read_text("ascii")
+    assert len(digests(out.read_text("ascii"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--rule rprop --state-dtype int8", "rprop: --state-dtype int8 changes nothing"),
+        ("--rule sgd --low-precision split", "sgd: --low-precision split changes nothing"),
+        ("--rule adam --state-dtype int8", None),
+        ("--rule adam --state-dtype bfloat16", None),
+        ("--rule adam --precision float16 --low-precision kahan", None),
+    ],
+)
+def test_train_says_what_changes_nothing(capsys, flags, message):
+    status, text = fusedstep(capsys, "train", "--epochs", "1", *flags.split())
+    assert status == 0
+    assert (message in text) if message else ("changes nothing" not in text)
 
 
 # ---- IDX files ----

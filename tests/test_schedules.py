@@ -596,5 +596,6 @@ def test_command_mistakes(capsys, monkeypatch, tmp_path):
 
     known = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    assert __main__.main(["schedules", "--plot", str(tmp_path / "x.png")]) == 1
-    assert "no plot: it needs matplotlib, pip install 'fusedstep[demo]'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main(["schedules", "--plot", str(tmp_path / "x.png")])
+    assert "--plot: it needs matplotlib, pip install 'fusedstep[demo]'" in capsys.readouterr().err

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
-from .. import _backends
+from .. import _backends, _hyper
+from ..arguments import CommandError, checked, n_threads, output, picture
 from ..config import show_config
 from ..progress import progress
 from . import show
@@ -21,14 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = ", ".join(map(repr, SHAPES))
     parser.add_argument("--size", choices=SHAPES, action="append", metavar="SIZE", help=f"only this, of {sizes}; repeatable")
     parser.add_argument("--dtype", choices=["float32", "float64"], help="only this type")
-    parser.add_argument("--clip-norm", type=float, metavar="NORM", help="clip all gradients by their norm")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all)")
+    parser.add_argument(
+        "--clip-norm", type=checked(float, _hyper.above_0), metavar="NORM", help="clip all gradients by their norm"
+    )
+    parser.add_argument("--threads", type=n_threads, metavar="N", help="threads (default: all)")
     known = [peer.name for peer in PEERS]
     listed = ", ".join(map(repr, known))
     parser.add_argument("--peer", choices=known, action="append", metavar="NAME", help=f"only this, of {listed}; repeatable")
-    parser.add_argument("--seconds", type=float, metavar="S", help="for each line (default: 5, quick: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save every measurement")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture")
+    parser.add_argument(
+        "--seconds", type=checked(float, _hyper.above_0), metavar="S", help="for each line (default: 5, quick: 2)"
+    )
+    parser.add_argument("--json", type=output, metavar="FILE", help="save every measurement")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="save a picture")
 
 
 def chosen_works(args: argparse.Namespace) -> list[Work]:
@@ -40,9 +43,10 @@ def chosen_works(args: argparse.Namespace) -> list[Work]:
 
 def chosen_peers(args: argparse.Namespace) -> list[Peer]:
     found = installed()
+    names = [peer.name for peer in found]
     for name in args.peer or []:
-        if name not in [peer.name for peer in found]:
-            raise SystemExit(f"fusedstep bench: {name} is not installed")
+        if name not in names:
+            raise CommandError(f"--peer: expected what is installed, {', '.join(map(repr, names))}, got {name!r}")
     return [peer for peer in found if not args.peer or peer.name in args.peer]
 
 
@@ -61,10 +65,6 @@ def main(args: argparse.Namespace) -> int:
         show.save(results, args.json)
         print(f"measurements in {args.json}")
     if args.plot:
-        try:
-            show.plot(results, args.plot)
-        except ImportError:
-            print("no plot: it takes matplotlib: pip install 'fusedstep[demo]'", file=sys.stderr)
-            return 1
+        show.plot(results, args.plot)
         print(f"picture in {args.plot}")
     return 0

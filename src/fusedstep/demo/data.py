@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arguments import CommandError
+
 Array = NDArray[Any]
 
 
-class DataError(Exception):
+class DataError(CommandError):
     """The data cannot be had; the message says why and what to do."""
 
 

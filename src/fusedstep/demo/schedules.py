@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from .. import schedules as s
+from ..arguments import CommandError, picture, whole
 
 LEAST_STEPS = 20  # for all examples to have pieces of at least one step
 
@@ -62,15 +62,8 @@ EXAMPLES: dict[str, Callable[[int], Callable[[int], float]]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="of functions in fusedstep.schedules (default: all)")
-    parser.add_argument("--steps", type=n_steps, default=100, metavar="N", help="steps to show (default: 100)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture")
-
-
-def n_steps(text: str) -> int:
-    value = int(text)
-    if value < LEAST_STEPS:
-        raise argparse.ArgumentTypeError(f"expected at least {LEAST_STEPS}, got {text}")
-    return value
+    parser.add_argument("--steps", type=whole(LEAST_STEPS), default=100, metavar="N", help="steps to show (default: 100)")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="save a picture")
 
 
 def plot(curves: dict[str, list[float]], path: Path) -> None:
@@ -100,8 +93,7 @@ def main(args: argparse.Namespace) -> int:
     """Show the schedules asked for; the exit status."""
     for name in args.names:
         if name not in EXAMPLES:
-            print(f"fusedstep schedules: NAME: expected any of {', '.join(EXAMPLES)}, got {name!r}", file=sys.stderr)
-            return 2
+            raise CommandError(f"NAME: expected any of {', '.join(EXAMPLES)}, got {name!r}")
     shown = {name: EXAMPLES[name](args.steps) for name in args.names or EXAMPLES}
     curves = {name: [schedule(step) for step in range(args.steps + 1)] for name, schedule in shown.items()}
     places = sorted({args.steps * quarter // 4 for quarter in range(5)})
@@ -109,10 +101,6 @@ def main(args: argparse.Namespace) -> int:
     for name, values in curves.items():
         print(f"{name:34}", *(f"{values[place]:9.3g}" for place in places))
     if args.plot:
-        try:
-            plot(curves, args.plot)
-        except ImportError:
-            print("no plot: it needs matplotlib, pip install 'fusedstep[demo]'", file=sys.stderr)
-            return 1
+        plot(curves, args.plot)
         print(f"picture in {args.plot}")
     return 0

@@ -5,23 +5,23 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _hyper, database
-from .._hyper import above_0, at_least_0, from_0_to_1
+from ..arguments import CommandError, checked, n_threads, picture, whole
 from ..errors import NonFiniteGradientError
 from ..optimizer import Optimizer
 from ..progress import progress
 from ..scaling import DynamicLossScaler
 from ..schedules import ema_warmup
-from ..state import require_bfloat16
+from ..state import is_low_precision, require_bfloat16
 from ..telemetry import Stats
-from .data import DataError, Dataset, load
+from .data import Dataset, load
 from .mlp import MLP
 
 Array = NDArray[Any]
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rules = ", ".join(database.TRAIN)
     parser.add_argument("--rule", default="adam", metavar="NAME", help=f"all, or one of {rules} (default: adam)")
     parser.add_argument("--data", metavar="DIR", help="folder of IDX files like MNIST's (default: the UCI digits)")
-    parser.add_argument("--epochs", type=positive, default=40, metavar="N", help="passes over the data (default: 40)")
+    parser.add_argument("--epochs", type=whole(1), default=40, metavar="N", help="passes over the data (default: 40)")
     parser.add_argument(
         "--batch-size",
         type=batch_size,
@@ -59,9 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="examples in a step: 1 is stochastic, 'full' is batch gradient descent (default: 32)",
     )
-    parser.add_argument("--lr", type=learning_rate, help="learning rate (default: one that suits the rule)")
-    parser.add_argument("--target-loss", type=float, metavar="LOSS", help="stop when the training loss is at most this")
-    parser.add_argument("--hidden", type=positive, nargs="*", default=[128], metavar="N", help="sizes of hidden layers")
+    parser.add_argument(
+        "--lr", type=checked(float, _hyper.at_least_0), help="learning rate (default: one that suits the rule)"
+    )
+    parser.add_argument(
+        "--target-loss",
+        type=checked(float, _hyper.finite),
+        metavar="LOSS",
+        help="stop when the training loss is at most this",
+    )
+    parser.add_argument("--hidden", type=whole(1), nargs="*", default=[128], metavar="N", help="sizes of hidden layers")
     parser.add_argument(
         "--precision",
         choices=["float64", "float32", "bfloat16", "float16"],
@@ -75,47 +82,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what becomes of the digits that parameters of 16 bits have no room for",
     )
     parser.add_argument("--state-dtype", choices=_hyper.CHOICES["state_dtype"][1:], help="what optimizer state is kept in")
-    parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="micro-batches that make a batch")
+    parser.add_argument("--accumulate", type=whole(1), default=1, metavar="N", help="micro-batches that make a batch")
     parser.add_argument("--accumulate-dtype", choices=_hyper.CHOICES["accumulate_dtype"][1:], help="what they add up in")
     parser.add_argument("--stats", action="store_true", help="table and plot of the norms of gradients and updates by array")
-    parser.add_argument("--clip", type=limit, metavar="NORM", help="clip the norm of all gradients")
-    parser.add_argument("--ema", type=decay, metavar="DECAY", help="test the average of the parameters, too")
-    parser.add_argument("--backend", choices=["c", "reference"], default="c", help="compiled or NumPy: the same bits")
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads of a step")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights and the order (default: 0)")
+    parser.add_argument("--clip", type=checked(float, _hyper.above_0), metavar="NORM", help="clip the norm of all gradients")
     parser.add_argument(
-        "--plot", metavar="FILE", help="PNG of the curves (default with --rule all or --stats: loss-curves.png)"
+        "--ema", type=checked(float, _hyper.from_0_to_1), metavar="DECAY", help="test the average of the parameters, too"
+    )
+    parser.add_argument("--backend", choices=["c", "reference"], default="c", help="compiled or NumPy: the same bits")
+    parser.add_argument("--threads", type=n_threads, metavar="N", help="threads of a step")
+    parser.add_argument(
+        "--seed",
+        type=checked(int, _hyper.check_seed),
+        default=0,
+        metavar="N",
+        help="of the initial weights and the order (default: 0)",
+    )
+    parser.add_argument(
+        "--plot",
+        type=picture,
+        metavar="FILE",
+        help="picture of the curves (default with --rule all or --stats: loss-curves.png)",
     )
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return value
-
-
-def checked(check: Callable[[Any, str], float], text: str) -> float:
-    try:
-        return check(float(text), "value")
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("value: ")) from error
-
-
-def learning_rate(text: str) -> float:
-    return checked(at_least_0, text)
-
-
-def limit(text: str) -> float:
-    return checked(above_0, text)
-
-
-def decay(text: str) -> float:
-    return checked(from_0_to_1, text)
-
-
 def batch_size(text: str) -> int | None:
-    return None if text == "full" else positive(text)
+    return None if text == "full" else whole(1)(text)
 
 
 class Loop:
@@ -149,6 +141,18 @@ class Loop:
 
     def loss(self) -> float:
         return self.model.loss(self.data.train_x, self.data.train_y)
+
+    def without_effect(self) -> list[str]:
+        """What was asked for and changes nothing."""
+        found = []
+        kept_in = {array.dtype.name.removeprefix("u") for own in self.opt.state.values() for array in own.values()}
+        if self.args.state_dtype is not None and self.args.state_dtype not in kept_in:
+            found.append(
+                f"--state-dtype {self.args.state_dtype} changes nothing: this rule has no state that may be rounded"
+            )
+        if self.args.low_precision != "nearest" and not any(map(is_low_precision, self.model.params.values())):
+            found.append(f"--low-precision {self.args.low_precision} changes nothing: no parameters of 16 bits")
+        return found
 
     def step(self, micro_batches: list[Array]) -> None:
         """A step with the mean gradient of these examples."""
@@ -196,12 +200,11 @@ class Loop:
         return run
 
 
-def train(args: argparse.Namespace, data: Dataset, rule: str) -> Run:
+def train(loop: Loop) -> Run:
     """Train one model with one rule."""
-    loop = Loop(args, data, rule)
-    run = loop.run
+    args, run = loop.args, loop.run
     start = time.perf_counter()
-    bar: Any = progress(range(args.epochs), desc=f"{rule:9}", unit="epoch")
+    bar: Any = progress(range(args.epochs), desc=f"{run.rule:9}", unit="epoch")
     for epoch in bar:
         loop.epoch()
         if not math.isfinite(run.losses[-1]):
@@ -238,7 +241,7 @@ def print_table(runs: list[Run]) -> None:
         )
 
 
-def plot(runs: list[Run], title: str, path: str) -> None:
+def plot(runs: list[Run], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -265,23 +268,35 @@ def plot(runs: list[Run], title: str, path: str) -> None:
     plt.close(figure)
 
 
+def default_plot() -> Path | None:
+    """The picture that nobody asked for by name, without which training goes on."""
+    try:
+        return picture("loss-curves.png")
+    except argparse.ArgumentTypeError as error:
+        print(f"no plot: {error}")
+        return None
+
+
 def main(args: argparse.Namespace) -> int:
     """Train as asked; the exit status."""
     rules = list(database.TRAIN) if args.rule == "all" else [args.rule]
     if args.rule != "all" and args.rule not in database.TRAIN:
-        print(f"fusedstep train: --rule: expected all or one of {', '.join(database.TRAIN)}, got {args.rule!r}")
-        return 2
+        raise CommandError(f"--rule: expected all or one of {', '.join(database.TRAIN)}, got {args.rule!r}")
     try:
         data = load(args.data, np.result_type(dtype_of(args.precision), np.float32))
-    except (DataError, ImportError) as error:
-        print(f"fusedstep train: {error}")
-        return 2
+        loops = [Loop(args, data, rule) for rule in rules]
+    except (ImportError, TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    path = args.plot or (default_plot() if args.rule == "all" or args.stats else None)
     batch = "all examples" if args.batch_size is None else f"batches of {args.batch_size}"
     layers = "-".join(str(size) for size in [data.train_x.shape[1], *args.hidden, data.n_classes])
     print(f"{data.name}: {len(data.train_x):,} training and {len(data.test_x):,} test examples")
     print(f"perceptron {layers} in {args.precision}, {batch}, backend {args.backend}\n")
+    for loop in loops:
+        for sentence in loop.without_effect():
+            print(f"{loop.run.rule}: {sentence}")
     with np.errstate(over="ignore", invalid="ignore"):  # a loss that is not finite is reported in words
-        runs = [train(args, data, rule) for rule in rules]
+        runs = [train(loop) for loop in loops]
     print_table(runs)
     print()
     for run in runs:
@@ -294,12 +309,7 @@ def main(args: argparse.Namespace) -> int:
             for sentence in run.last_stats.warnings():
                 print(f"warning: {sentence}")
         print(f"SHA-256 of the final parameters ({run.rule}): {run.digest}")
-    path = args.plot or ("loss-curves.png" if args.rule == "all" or args.stats else None)
     if path is not None:
-        try:
-            plot(runs, f"{data.name}, perceptron {layers}", path)
-        except ImportError:
-            print("no plot: it needs matplotlib, pip install 'fusedstep[demo]'")
-        else:
-            print(f"loss curves: {path}")
+        plot(runs, f"{data.name}, perceptron {layers}", path)
+        print(f"loss curves: {path}")
     return 0 if all(math.isfinite(run.train_loss) for run in runs) else 1
