@@ -51,8 +51,8 @@ static void fetch_some(fs_ahead *ahead)
     size_t left = AT_ONCE;
     for (; ahead->operand < FS_N_OPERANDS; ahead->operand++, ahead->byte = 0) {
         const fs_operand *operand = &ahead->array->operand[ahead->operand];
-        const bool is_dense = operand->data && !operand->is_constant;
-        const size_t item = fs_dtype_size(operand->dtype), size = is_dense ? ahead->count * item : 0;
+        const bool is_run = operand->data && !operand->is_constant;    /* with gaps, what is fetched may be of no use */
+        const size_t item = fs_dtype_size(operand->dtype), size = is_run ? ahead->count * item : 0;
         for (; ahead->byte < size; ahead->byte += CACHE_LINE, left -= CACHE_LINE) {
             if (left == 0)
                 return;

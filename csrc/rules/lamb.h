@@ -1,4 +1,5 @@
-/* LAMB (You et al. 2020), as in its paper and in optax: steps of Adam, as long as the parameter is times lr.
+/* LAMB (You et al. 2020), as in its paper and in optax: steps in Adam's direction, of lr times the
+ * norm of the parameter.
  *
  *     m, v as in Adam
  *     d = (m / (1 - beta1^step)) / (sqrt(v) / sqrt(1 - beta2^step) + eps) + weight_decay p

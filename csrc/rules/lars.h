@@ -1,5 +1,5 @@
-/* LARS (You, Gitman & Ginsburg 2017), as in its paper and in optax: steps of momentum, as long as the parameter is times
- * trust_coefficient lr.
+/* LARS (You, Gitman & Ginsburg 2017), as in its paper and in optax: momentum of steps of trust_coefficient lr times the
+ * norm of the parameter.
  *
  *     d = g + weight_decay p
  *     r = trust_coefficient |p| / (|d| + eps)      (1 if either norm is 0)

@@ -37,14 +37,11 @@ def whole(least: int) -> Callable[[str], Any]:
     return checked(int, lambda value, label: _hyper.whole_number(value, label, least))
 
 
-def check_threads(value: Any, label: str) -> None:
-    """From 1 to the CPUs that this process may use, which is as far as all libraries go."""
+def check_cpus(value: Any, label: str) -> None:
+    """From 1 to the CPUs that this process may use."""
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if _hyper.whole_number(value, label, 1) > n_cpus:
         raise ValueError(f"{label}: expected at most {n_cpus}, the number of CPUs, got {value}")
-
-
-n_threads = checked(int, check_threads)
 
 
 def output(text: str) -> Path:

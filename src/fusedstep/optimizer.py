@@ -144,8 +144,8 @@ class Optimizer:
     param_groups : list of dict
         ``"params"`` (arrays), ``"names"`` and the hyper-parameters of each group; the latter may be edited between steps.
     state : mapping of mappings of ndarray
-        ``state[name][state name]``; float64 for float64 parameters, else float32. What a rule keeps for a whole array is a
-        float64 of shape ``()``. The arrays may be edited in place.
+        ``state[name][state name]``; float64 for float64 parameters, else float32, unless `state_dtype` or `low_precision`
+        says otherwise. What a rule keeps for a whole array is a float64 of shape ``()``. The arrays may be edited in place.
     steps : int
         Number of steps applied.
     """
@@ -469,6 +469,7 @@ class Optimizer:
 
     @property
     def steps(self) -> int:
+        """Number of steps applied."""
         return int(self._plan.steps)
 
     # ---- The step ----

@@ -272,7 +272,7 @@ def mix(z: int | Array) -> Any:
 
 
 PARAM = 5
-"""For `random_fractions`, the number of the parameter itself; its states have those below."""
+"""For `random_fractions`, the number of the parameter itself: above those of states, and odd, for all of the bits."""
 
 
 def random_fractions(seed: int, step: int, array: int, state: int, size: int) -> Array:
@@ -761,7 +761,7 @@ def lamb(
     eps_root: float | None = None,
     **stages: Unpack[Stages],
 ) -> None:
-    """Adam's direction, as long as the parameter is times lr; see :class:`fusedstep.LAMB`."""
+    """Adam's direction, of lr times the norm of the parameter; see :class:`fusedstep.LAMB`."""
     beta1, beta2 = betas
     weight_decay = rule_decay(stages)
     with operands(param, grad, exp_avg, exp_avg_sq, lr=lr, **stages) as (p, g, m, v):
@@ -786,7 +786,7 @@ def lars(
     eps: float = 0.0,
     **stages: Unpack[Stages],
 ) -> None:
-    """Momentum's direction, as long as the parameter is times lr; see :class:`fusedstep.LARS`."""
+    """Momentum of steps of lr times the norm of the parameter; see :class:`fusedstep.LARS`."""
     weight_decay = rule_decay(stages)
     with operands(param, grad, momentum_buffer, lr=lr, **stages) as (p, g, b):
         direction = g + weight_decay * p

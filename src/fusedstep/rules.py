@@ -551,7 +551,19 @@ class Adam(Optimizer):
 class AdamW(Adam):
     r"""Adam with decoupled weight decay: :math:`p \leftarrow (1 - \gamma \lambda) p` before each update.
 
-    The parameters are those of :class:`Adam`; ``weight_decay`` is 0.01 and ``decoupled_weight_decay`` True unless given.
+    .. math::
+
+        m_t &= m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}) \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        p_t &= (1 - \gamma \lambda) p_{t-1} - \frac{\gamma}{1 - \beta_1^t} \,
+               \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+    Parameters
+    ----------
+    lr, betas, eps, amsgrad, eps_root
+        As :class:`Adam` has them.
+    weight_decay : float
+        :math:`\lambda`, decoupled unless another `decay_mode` is given.
 
     Examples
     --------
@@ -792,7 +804,7 @@ class NAdam(Optimizer):
 
 
 class LAMB(Optimizer):
-    r"""LAMB: steps in Adam's direction, as long as the array is times the learning rate; for large batches.
+    r"""LAMB: steps in Adam's direction, of the learning rate times the norm of the parameter; for large batches.
 
     .. math::
 
@@ -860,7 +872,7 @@ class LAMB(Optimizer):
 
 
 class LARS(Optimizer):
-    r"""LARS: momentum with steps as long as the array is times the learning rate; for large batches.
+    r"""LARS: momentum of steps of the learning rate times the norm of the parameter; for large batches.
 
     .. math::
 

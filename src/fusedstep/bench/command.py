@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .. import _backends, _hyper
-from ..arguments import CommandError, checked, n_threads, output, picture
+from ..arguments import CommandError, check_cpus, checked, output, picture
 from ..config import show_config
 from ..progress import progress
 from . import show
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip-norm", type=checked(float, _hyper.above_0), metavar="NORM", help="clip all gradients by their norm"
     )
-    parser.add_argument("--threads", type=n_threads, metavar="N", help="threads (default: all)")
+    parser.add_argument("--threads", type=checked(int, check_cpus), metavar="N", help="threads (default: all)")
     known = [peer.name for peer in PEERS]
     listed = ", ".join(map(repr, known))
     parser.add_argument("--peer", choices=known, action="append", metavar="NAME", help=f"only this, of {listed}; repeatable")

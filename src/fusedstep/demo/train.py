@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _hyper, database
-from ..arguments import CommandError, checked, n_threads, picture, whole
+from ..arguments import CommandError, checked, picture, whole
 from ..errors import NonFiniteGradientError
 from ..optimizer import Optimizer
 from ..progress import progress
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ema", type=checked(float, _hyper.from_0_to_1), metavar="DECAY", help="test the average of the parameters, too"
     )
     parser.add_argument("--backend", choices=["c", "reference"], default="c", help="compiled or NumPy: the same bits")
-    parser.add_argument("--threads", type=n_threads, metavar="N", help="threads of a step")
+    parser.add_argument("--threads", type=checked(int, _hyper.check_num_threads), metavar="N", help="threads of a step")
     parser.add_argument(
         "--seed",
         type=checked(int, _hyper.check_seed),
@@ -155,7 +155,7 @@ class Loop:
         return found
 
     def step(self, micro_batches: list[Array]) -> None:
-        """A step with the mean gradient of these examples."""
+        """A step with the mean of the micro-batches' mean gradients."""
         scale = 1.0 if self.scaler is None else self.scaler.scale
         for batch in micro_batches:
             self.model.backward(self.data.train_x[batch], self.data.train_y[batch], scale)
