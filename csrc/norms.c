@@ -106,11 +106,14 @@ static void finish_array_sum(const fs_pass *pass, size_t i)
         return;
 
     fs_tile tile;
-    size_t n_nan = 0, n_inf = 0;
-    count_nonfinite(pass, array, &n_nan, &n_inf, &tile);
-    norm->n_nonfinite = n_nan + n_inf;
     const bool zero = pass->options->nonfinite == FS_NONFINITE_ZERO;
-    norm->sum_squares = scaled_sum(pass, i, zero, 1.0, &tile);
+    if (!isfinite(norm->sum_squares)) {
+        size_t n_nan = 0, n_inf = 0;
+        count_nonfinite(pass, array, &n_nan, &n_inf, &tile);
+        norm->n_nonfinite = n_nan + n_inf;
+        if (zero)
+            norm->sum_squares = scaled_sum(pass, i, zero, 1.0, &tile);
+    }
     if (array->real == FS_FLOAT32)
         return;
     norm->exponent = fs_rescue_exponent(norm->sum_squares);

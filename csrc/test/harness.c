@@ -6,6 +6,7 @@ bool quick;
 int n_failures;
 char context[200];
 int callocs_left = -1;
+int n_passes = 0;
 
 void check(bool holds, const char *condition, const char *file, int line)
 {
@@ -24,6 +25,16 @@ void *__wrap_calloc(size_t n, size_t size)
     if (callocs_left >= 0 && callocs_left-- == 0)
         return NULL;
     return __real_calloc(n, size);
+}
+
+/* Likewise the calls of a team. */
+void __real_fs_team_run(int n_threads, fs_part *part, const void *context);
+void __wrap_fs_team_run(int n_threads, fs_part *part, const void *context);
+
+void __wrap_fs_team_run(int n_threads, fs_part *part, const void *context)
+{
+    n_passes++;
+    __real_fs_team_run(n_threads, part, context);
 }
 
 /* ---- Numbers in storage ------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ extern bool quick;           /* whether to leave most cases of slow tests out, a
 extern int n_failures;       /* in the test that runs */
 extern char context[200];    /* which of a test's many cases; part of the failure message */
 extern int callocs_left;     /* the library's calls of calloc before one fails; negative for none that does */
+extern int n_passes;         /* over all arrays, each by one team of threads */
 
 #define CONTEXT(...) snprintf(context, sizeof context, __VA_ARGS__)
 #define CHECK(condition) check((condition), #condition, __FILE__, __LINE__)
@@ -112,15 +113,16 @@ spread make_spread(const ptrdiff_t *shape, size_t layout, size_t item);
 /* Between the buffer and the same array in C order. */
 void copy_spread(const spread *s, const ptrdiff_t *shape, size_t item, char *run, bool to_run);
 
-/* ---- The tests, in the order in which they run --------------------------------------------------------------------- */
+/* ---- The tests, in the order in which they run: cheap and strong ones first ----------------------------------------- */
 
 #define FOR_TESTS(TEST)                                                                                            \
-    TEST(textbook) TEST(scaled) TEST(summed) TEST(numbers) TEST(muon) TEST(conventions) TEST(negative_variance)    \
-    TEST(stages) TEST(after_the_rule) TEST(small_states) TEST(join_and_part) TEST(blocks) TEST(stats) TEST(units)  \
-    TEST(factored) TEST(nonfinite) TEST(out_of_memory) TEST(many_arrays) TEST(empty_plans) TEST(half_made_plans)   \
-    TEST(scalar) TEST(norms_of_nonfinite) TEST(clip_nonfinite) TEST(clip_magnitudes) TEST(norms) TEST(layouts)     \
-    TEST(runs_have_ends) TEST(grad_scale) TEST(guard_pages) TEST(fork) TEST(plans_are_independent)                 \
-    TEST(levels_and_threads) TEST(halves_load_and_store) TEST(halves_round) TEST(settings)
+    TEST(textbook) TEST(scaled) TEST(scaled_magnitudes) TEST(summed) TEST(numbers) TEST(muon) TEST(conventions)    \
+    TEST(negative_variance) TEST(settings) TEST(out_of_memory) TEST(empty_plans) TEST(half_made_plans)             \
+    TEST(scalar) TEST(passes) TEST(norms_of_nonfinite) TEST(clip_nonfinite) TEST(clip_magnitudes)                  \
+    TEST(after_the_rule) TEST(grad_scale) TEST(runs_have_ends) TEST(small_states) TEST(join_and_part)              \
+    TEST(stats) TEST(many_arrays) TEST(fork) TEST(plans_are_independent) TEST(halves_load_and_store)               \
+    TEST(halves_round) TEST(units) TEST(norms) TEST(guard_pages) TEST(blocks) TEST(nonfinite) TEST(stages)         \
+    TEST(levels_and_threads) TEST(factored) TEST(layouts)
 
 #define DECLARE_TEST(name) void test_##name(void);
 FOR_TESTS(DECLARE_TEST)

@@ -84,6 +84,25 @@ void test_many_arrays(void)
     free_trio(t);
 }
 
+/* However many arrays there are, a step wakes its threads once for the update, and once for the norm if need be. */
+void test_passes(void)
+{
+    enum { N_ARRAYS = 1000 };
+    size_t sizes[N_ARRAYS];
+    for (size_t i = 0; i < N_ARRAYS; i++)
+        sizes[i] = 100 + i;
+    fs_plan *plan = make_plan(FS_FLOAT32, N_ARRAYS, sizes);
+    fs_options options = plain(plan, find_rule("adam"));
+    n_passes = 0;
+    take_step(plan, options);
+    CHECK(n_passes == 1);
+    options.clip_norm = 1.0;
+    options.nonfinite = FS_NONFINITE_STOP;
+    take_step(plan, options);
+    CHECK(n_passes == 3);
+    free_plan(plan);
+}
+
 void test_empty_plans(void)
 {
     static const size_t nothing[] = {0, 0, 0};

@@ -458,6 +458,34 @@ void test_scaled(void)
             }
 }
 
+/* LARS without eps and decay: a parameter 2^p times as large and a gradient 2^g times lead to a result 2^p times as large,
+ * also where squares are more than a double holds. */
+void test_scaled_magnitudes(void)
+{
+    static const struct { int param, grad; } cases[] = {{0, 0},    {700, 700}, {700, 0},   {0, 700},
+                                                        {-700, 0}, {0, -700}};
+    static const size_t sizes[] = {5, 3001};
+    const trio t = make_trio(FS_FLOAT64, LENGTH(sizes), sizes);
+    const fs_options options = plain(t.initial, find_rule("lars"));
+    memcpy(t.initial->groups[0].hyper, (double[]){0.5, 0.0, 0.125, 0.0, 0.0}, 5 * sizeof(double));
+    for (size_t c = 0; c < LENGTH(cases); c++) {
+        CONTEXT("parameter 2^%d, gradient 2^%d", cases[c].param, cases[c].grad);
+        fs_plan *plan = c == 0 ? t.expected : t.plan;
+        copy_plan(plan, t.initial);
+        for (size_t i = 0; i < LENGTH(sizes); i++)
+            for (size_t e = 0; e < sizes[i]; e++) {
+                set(plan, i, FS_PARAM, e, ldexp(get(plan, i, FS_PARAM, e), cases[c].param));
+                set(plan, i, FS_GRAD, e, ldexp(get(plan, i, FS_GRAD, e), cases[c].grad));
+            }
+        CHECK(take_step(plan, options).applied);
+        for (size_t i = 0; i < LENGTH(sizes); i++)
+            for (size_t e = 0; e < sizes[i]; e++)
+                CHECK(get(plan, i, FS_PARAM, e) == ldexp(get(t.expected, i, FS_PARAM, e), cases[c].param));
+    }
+    CHECK(!same_operand(t.expected, t.initial, FS_PARAM));
+    free_trio(t);
+}
+
 /* Prodigy, whose steps are scaled by sums over all arrays: those of two groups with a learning rate each, or of one beside
  * another with LAMB. The first gradients are those of a square, for d to grow. */
 void test_summed(void)
