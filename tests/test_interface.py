@@ -482,7 +482,7 @@ def test_kernels_have_the_references_signatures():
     assert sorted({entry.optimizer._rule.__name__ for entry in database.ENTRIES}) == sorted(names)
     for name in names:
         assert inspect.signature(getattr(kernels, name)) == inspect.signature(getattr(reference, name))
-        assert getattr(kernels, name).__doc__ == getattr(reference, name).__doc__
+        assert getattr(kernels, name).__doc__.startswith(getattr(reference, name).__doc__)
 
 
 def test_wrong_number_of_groups():

@@ -57,6 +57,7 @@ READ_ONLY.flags.writeable = False
 BAD = [
     (dict(step=0), ValueError, "step: expected a whole number >= 1, got 0"),
     (dict(step=1.5), ValueError, "step: expected a whole number >= 1, got 1.5"),
+    (dict(step=10**5000), ValueError, f"step: expected a whole number <= {2**53}, got a larger one"),
     (dict(lr=-1), ValueError, "lr: expected a finite number >= 0, got -1"),
     (dict(betas=(0.9,)), TypeError, "betas: expected a pair of numbers, got (0.9,)"),
     (dict(param=READ_ONLY), ValueError, "param: expected a writeable array, got a read-only one"),
@@ -83,6 +84,20 @@ def test_refusals(change, error, message):
     assert str(caught.value) == message
     for name, value in before.items():
         np.testing.assert_array_equal(arguments[name], value)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        ((), {}, "sgd() missing a required argument: 'step'"),
+        ((None, 1), {"step": 1}, "sgd() too many positional arguments"),
+        ((), {"param": ones(), "step": 1}, "sgd() multiple values for argument 'param'"),
+    ],
+)
+def test_arguments_are_pythons(args, options, message):
+    with pytest.raises(TypeError) as caught:
+        kernels.sgd(ones(), ones(), *args, **options)
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("module", [kernels, reference])

@@ -295,8 +295,8 @@ def is_known(name: str, convention: str) -> bool:
 def check_known(values: Mapping[str, Any]) -> None:
     """Refuse hyper-parameters that the convention does not know."""
     convention = values.get("convention", "torch")
-    for name, (_, otherwise) in KNOWN_TO.items():
-        if not is_known(name, convention) and values.get(name, otherwise) != otherwise:
+    for name, (conventions, otherwise) in KNOWN_TO.items():
+        if convention not in conventions and values.get(name, otherwise) != otherwise:
             raise ValueError(f"{name}: expected {otherwise!r} for convention={convention!r}, got {values[name]!r}")
 
 

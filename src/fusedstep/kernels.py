@@ -1,7 +1,16 @@
 """The rules on single arrays, compiled: for libraries that keep their own state and loop.
 
-One function per rule, with the signature of its namesake in :mod:`fusedstep.reference` and the same bits. Each updates
-``param`` and the state arrays in place. ``step`` counts from 1. Arrays are checked before anything is written.
+One function per rule, with the signature of its namesake in :mod:`fusedstep.reference` and the same bits.
+
+* ``param`` and the state arrays change in place, all others stay. An optional state array can be left out if the
+  hyper-parameters do not call for it.
+* ``param`` and ``grad`` are arrays of one shape and of any layout, each of float32, float64, float16 or bfloat16. States
+  have that shape, too, but those of factored rules have an axis of length 1; their dtype is float64 if that of ``param``
+  is, else float32. What a rule keeps for a whole array is a float64 of shape ``()``.
+* What is written shares memory with none of the others.
+* ``step`` counts from 1. Callers keep it, and begin with the states that the optimizer of the rule begins with.
+* Elements of ``grad`` that are not finite go into ``param`` and the states, unless ``zero_nonfinite=True``.
+* TypeError and ValueError name the argument that is wrong; they come before anything is written.
 
 >>> import numpy as np, fusedstep as fs
 >>> w, g = np.ones(3, np.float32), np.full(3, 0.5, np.float32)
@@ -15,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +33,8 @@ import numpy as np
 from . import _arrays, _backends, _hyper, reference, rules
 from .optimizer import Optimizer
 from .state import NUMBER, Operands, has_units, must_be_packed, shape_of
+
+MAX_STEP = 2**53  # what a double counts to
 
 STAGE_DEFAULTS = {
     "grad_scale": 1.0,
@@ -46,31 +58,40 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
     rule = optimizer._rule
     signature = inspect.signature(rule)
     names = list(signature.parameters)
-    state_names = names[2 : names.index("step")]
+    array_names = names[: names.index("step")]
+    state_names = array_names[2:]
     hyper_names = [name for name in names[names.index("step") + 1 :] if name != "stages"]
     known = [*hyper_names, *STAGE_DEFAULTS]
+    lengths = optimizer._lengths
+    required = {name for name, p in signature.parameters.items() if p.default is p.empty and name != "stages"}
+    hyper_defaults = {name: signature.parameters[name].default for name in hyper_names if name not in required}
+    # Checked and converted once; a call then looks at what it is given.
     defaults = {name: p.default for name, p in inspect.signature(optimizer).parameters.items() if name in _hyper.CHECKS}
+    for name, default in (STAGE_DEFAULTS | optimizer._option_defaults | hyper_defaults).items():
+        defaults[name] = _hyper.resolve(name, default, 0, name, lengths.get(name))
 
     @functools.wraps(rule)
     def kernel(*args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        values = STAGE_DEFAULTS | optimizer._option_defaults | {name: given[name] for name in hyper_names} | given["stages"]
-        for name, value in values.items():
-            if name not in known:
+        given = dict(zip(array_names, args))
+        is_clear = len(args) == len(given) and given.keys().isdisjoint(kwargs)
+        given |= kwargs
+        if not is_clear or not given.keys() >= required:
+            refuse(signature, rule.__name__, args, kwargs)
+        values = defaults.copy()
+        for name, value in kwargs.items():
+            if name in known:
+                values[name] = _hyper.resolve(name, value, 0, name, lengths.get(name))
+            elif name not in array_names and name != "step":
                 raise TypeError(f"{rule.__name__}: unknown option {name!r}; it has {', '.join(known)}")
-            values[name] = _hyper.resolve(name, value, 0, name, optimizer._lengths.get(name))
         optimizer._check_convention(values.get("convention", "torch"))
         _hyper.check_known(values)
         optimizer._check_hyper(values)
-        if isinstance(given["step"], bool) or not isinstance(given["step"], (int, np.integer)) or given["step"] < 1:
-            raise ValueError(f"step: expected a whole number >= 1, got {given['step']!r}")
+        step = as_step(given["step"])
         param = _arrays.as_writeable(given["param"], "param")
-        states = tuple(name for name in state_names if given[name] is not None)
-        parts = optimizer._parts([defaults | values])
+        states = tuple(name for name in state_names if given.get(name) is not None)
+        parts = optimizer._parts([values])
         part = parts[-1]  # which is for any array
-        if part.rule._states(part.hyper) != states and optimizer._is_own(param, defaults | values):
+        if part.rule._states(part.hyper) != states and optimizer._is_own(param, values):
             part = parts[0]
         if part.rule is not optimizer:
             raise ValueError(f"param: expected a matrix, got shape {param.shape}")
@@ -82,25 +103,28 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         arrays = tuple(_arrays.as_writeable(given[name], name) for name in states)
         if grad.shape != param.shape:
             raise ValueError(f"grad: expected shape {param.shape}, got {grad.shape}")
+        real = reference.compute_dtype(param.dtype)
         for name, array in zip(states, arrays):
             if name in optimizer._numbers:
                 _arrays.check_state(array, NUMBER.shape, NUMBER.dtype, name)
             else:
-                _arrays.check_state(array, shape_of(name, param.shape), reference.compute_dtype(param.dtype), name)
-            if must_be_packed(name, array.dtype) and not array.flags.c_contiguous:
+                _arrays.check_state(array, shape_of(name, param.shape), real, name)
+            if not array.flags.c_contiguous and must_be_packed(name, array.dtype):
                 raise ValueError(f"{name}: expected a C-contiguous array, got strides {array.strides}")
-        written = list(zip(["param", *states], [param, *arrays]))
-        _arrays.check_overlaps(written)
-        _arrays.check_overlaps(written, [("grad", grad)])
+        # Most often even the address ranges are apart, which is told sooner than which arrays share what.
+        if any(np.may_share_memory(*pair) for pair in itertools.combinations([param, *arrays, grad], 2)):
+            written = list(zip(["param", *states], [param, *arrays]))
+            _arrays.check_overlaps(written)
+            _arrays.check_overlaps(written, [("grad", grad)])
 
         n = len(states) - len(optimizer._numbers)
         unit_axes = reference.axes_of_units(param.shape, values["unit_axes"]) if has_units(values) else None
         operands = Operands(arrays[:n], unit_axes=unit_axes, numbers=arrays[n:])
         if optimizer._direction is not None:
             hyper = {name: value for name, value in values.items() if name in _backends.keywords(optimizer._direction)}
-            operands = operands.and_state(optimizer._direction(param, grad, *arrays, step=given["step"], **hyper))
+            operands = operands.and_state(optimizer._direction(param, grad, *arrays, step=step, **hyper))
         plan = _backends.require_core().Plan([param], [operands], [0], [optimizer._kernel_name(states[:n], values)])
-        plan.steps = given["step"] - 1
+        plan.steps = step - 1
         plan.bind([grad])
         plan.set_group(0, values)
         plan.measure(
@@ -110,7 +134,25 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         )
         plan.update(True, False)
 
+    kernel.__doc__ = f"{rule.__doc__}\n\n    For arrays, what changes and errors see :mod:`fusedstep.kernels`.\n    "
     return kernel
+
+
+def refuse(signature: inspect.Signature, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Say what is wrong with the arguments of a call."""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}() {error}") from None
+
+
+def as_step(value: Any) -> int:
+    """The number of a step."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"step: expected a whole number >= 1, got {value!r}")
+    if value > MAX_STEP:  # of maybe more digits than Python shows
+        raise ValueError(f"step: expected a whole number <= {MAX_STEP}, got a larger one")
+    return int(value)
 
 
 __all__ = []

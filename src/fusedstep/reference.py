@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _hyper
-from ._arrays import flat, shaped
+from ._arrays import NUMPY_FLOATS, flat, shaped
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -260,7 +260,7 @@ LEAST = {np.dtype(np.int8): np.float32(2.0**-15), np.dtype(np.uint8): np.float32
 
 def is_small(dtype: np.dtype[Any]) -> bool:
     """Whether a state of this type is rounded at random."""
-    return dtype in LEAST or dtype.name == "bfloat16"
+    return dtype.type not in NUMPY_FLOATS and (dtype in LEAST or dtype.name == "bfloat16")
 
 
 def mix(z: int | Array) -> Any:

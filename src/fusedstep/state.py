@@ -47,6 +47,7 @@ RESIDUALS = {
 RESIDUAL_NAMES = {need.name for need in RESIDUALS.values() if need is not None}
 FACTORS = {"row_var": -1, "col_var": -2}
 """States of factored rules, with the axis along which there is only one of each."""
+PACKED = RESIDUAL_NAMES | FACTORS.keys()
 
 
 class Kernel(NamedTuple):
@@ -124,7 +125,9 @@ def specs_of(kernel: Kernel, param: Array, axes: list[int]) -> dict[str, Spec]:
 
 def shape_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the state with this name of a parameter with this one."""
-    axis = len(shape) + FACTORS.get(name, 0)
+    if name not in FACTORS:
+        return shape
+    axis = len(shape) + FACTORS[name]
     return tuple(1 if a == axis else size for a, size in enumerate(shape))
 
 
@@ -217,7 +220,7 @@ def check_packed(array: Array, axes: list[int], label: str) -> None:
 def must_be_packed(name: str, dtype: np.dtype[Any]) -> bool:
     """Whether a state array has to lie in an order of its axes, most often that of its parameter in memory, without gaps."""
     key = name.rsplit(".", 1)[-1]
-    return key in RESIDUAL_NAMES | FACTORS.keys() or key.endswith(SCALE) or reference.is_small(dtype)
+    return key in PACKED or key.endswith(SCALE) or reference.is_small(dtype)
 
 
 # ---- Loaded arrays ------------------------------------------------------------------------------------------------------
