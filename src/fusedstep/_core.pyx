@@ -306,9 +306,11 @@ cdef inline int known_dtype(PyArrayObject *array) noexcept:
 cdef int dtype_code(cnp.ndarray array) except -2:
     """The fs_dtype of an array; -1 if there is none."""
     global bfloat16_type
-    if bfloat16_type < 0 and array.dtype.name == "bfloat16":
+    cdef int dtype = known_dtype(<PyArrayObject *>array)
+    if dtype < 0 and bfloat16_type < 0 and array.dtype.name == "bfloat16":
         bfloat16_type = PyArray_TYPE(<PyArrayObject *>array)
-    return known_dtype(<PyArrayObject *>array)
+        return FS_BFLOAT16
+    return dtype
 
 
 cdef int set_operand(fs_array *place, int operand, cnp.ndarray array) except -1:
@@ -560,7 +562,7 @@ cdef class Plan:
         return 0
 
     cdef int set_state(self, size_t i, int s, cnp.ndarray array, cnp.ndarray scales) except -1:
-        if scales is None and array.dtype.name != "bfloat16":
+        if scales is None and dtype_code(array) != FS_BFLOAT16:
             return self.set_written(i, FS_STATE + s, array)
         set_small_operand(&self.plan.arrays[i], FS_STATE + s, array, scales)
         self.written[i * N_WRITTEN + FS_STATE + s] = <PyArrayObject *>array
