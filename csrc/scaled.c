@@ -26,12 +26,16 @@ static void measure(const fs_pass *pass, size_t i, size_t start, size_t end, con
     fs_add_units(&w, array);
     const fs_stages decay = {.factor = w.decay, .clip_value = INFINITY};
     const bool is_summed = fs_rule_is_summed(w.rule);
+    const bool stage_grad = w.stage_grad;
     w.rule = fs_rule_direction(w.rule);
     w.decay = 1.0;
+    w.stage_grad = false;
     for (; start < end; start += FS_BLOCK) {
         const size_t count = min_size(end - start, FS_BLOCK), block = plan->first_block[i] + start / FS_BLOCK;
         void *at[FS_N_PLACES];
         fs_copy_block(&w, array, start, count, at, tile);
+        if (stage_grad)    /* for which the parameter is what it was before the decay */
+            fs_stage_gradient(&w, count, at, at[FS_GRAD]);
         w.k->apply_stages(count, at[FS_PARAM], at[FS_PARAM], NULL, &decay);
         if (!is_summed)
             w.k->sum_squares(count, at[FS_PARAM], scales[0], &plan->block_stats[FS_PARAM_SQUARES][block]);
