@@ -1,5 +1,7 @@
 """Groups by pattern: the bits of groups by hand, names, gradients' structure, what is left out, saving, mistakes."""
 
+import re
+
 import numpy as np
 import pytest
 from conftest import assert_same_bits
@@ -368,3 +370,16 @@ def test_wrong_gradients(spoil, error, message, backend):
         opt.step(grads)
     assert str(caught.value) == message
     assert_same_bits(list(leaves(params).values()), before)
+
+
+def test_names_of_a_group_are_not_given():
+    with pytest.raises(TypeError, match=re.escape("param_groups[0]: unknown key 'names'")):
+        fs.SGD([{"params": np.ones(2), "names": ["w"]}], lr=0.5)
+
+
+@pytest.mark.parametrize("grads", [5, np.ones(2)], ids=["number", "array"])
+def test_gradients_of_groups_are_a_sequence(grads):
+    opt = fs.SGD([{"params": np.ones(2)}], lr=0.5)
+    message = f"grads: expected a sequence with the gradients of each group, got {type(grads).__name__}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        opt.step(grads)

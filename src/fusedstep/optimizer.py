@@ -280,6 +280,7 @@ class Optimizer:
         self._structures: list[_arrays.Structure] = []
         self._is_grouped = is_groups(params)
         self._group_defaults = {k: v for k, v in defaults.items() if k not in _hyper.GLOBAL_OPTIONS}
+        self._group_keys = {"params", "names", *self._group_defaults}
         for group in list(params) if self._is_grouped else [{"params": params}]:
             self._add_group(group)
         groups = enumerate(self.param_groups)
@@ -316,7 +317,7 @@ class Optimizer:
 
     def _add_group(self, group: Mapping[str, Any]) -> None:
         label = f"param_groups[{len(self.param_groups)}]"
-        self._check_keys({"names": (), **self._group_defaults, **group}, label)
+        self._refuse_unknown([key for key in group if key != "params"], label)
         n_before = sum(len(structure.names) for structure in self._structures)
         structure = _arrays.Structure(group["params"], first_index=n_before)
         arrays = [_arrays.as_writeable(leaf, f"params[{name!r}]") for name, leaf in zip(structure.names, structure.leaves)]
@@ -324,12 +325,17 @@ class Optimizer:
         own = {key: value for key, value in group.items() if key != "params"}
         self.param_groups.append({"params": arrays, "names": list(structure.names), **self._group_defaults, **own})
 
+    def _refuse_unknown(self, keys: list[str], label: str) -> None:
+        for key in keys:
+            if key not in self._group_defaults:
+                raise TypeError(f"{label}: unknown key {key!r}; a group has params, {', '.join(self._group_defaults)}")
+
     def _check_keys(self, group: Mapping[str, Any], label: str) -> None:
-        wanted = {"params", "names", *self._group_defaults}
-        for key in group.keys() - wanted:
-            raise TypeError(f"{label}: unknown key {key!r}; a group has params, {', '.join(self._group_defaults)}")
-        for key in wanted - group.keys():
-            raise ValueError(f"{label}[{key!r}]: expected a value, got none")
+        """That a group has the keys it had at first."""
+        if group.keys() == self._group_keys:
+            return
+        self._refuse_unknown([key for key in group if key not in ("params", "names")], label)
+        raise ValueError(f"{label}[{min(self._group_keys - group.keys())!r}]: expected a value, got none")
 
     def _labelled(self, what: str, arrays: list[Array]) -> list[tuple[str, Array]]:
         return [(f"{what}[{name!r}]", array) for name, array in zip(self._names, arrays)]
@@ -668,10 +674,12 @@ class Optimizer:
         """The gradients of a tree that has the structure of the parameters, in their order."""
         if self._tree is not None:
             return self._tree.collect(grads)
-        grads = [grads] if isinstance(grads, Mapping) else list(grads)
-        if len(grads) != len(self._structures):
-            raise ValueError(f"grads: expected {len(self._structures)} groups, got {len(grads)}")
-        parts = [g["params"] if isinstance(g, Mapping) and set(g) == {"params"} else g for g in grads]
+        groups = {"0": grads} if isinstance(grads, Mapping) else _arrays.branches(grads)
+        if groups is None:
+            raise TypeError(f"grads: expected a sequence with the gradients of each group, got {type(grads).__name__}")
+        if len(groups) != len(self._structures):
+            raise ValueError(f"grads: expected {len(self._structures)} groups, got {len(groups)}")
+        parts = [g["params"] if isinstance(g, Mapping) and set(g) == {"params"} else g for g in groups.values()]
         return [leaf for structure, part in zip(self._structures, parts) for leaf in structure.collect(part)]
 
     def _bind_arrays(self, plan: Any, grads: list[Any]) -> None:
