@@ -121,10 +121,7 @@ def work(seed):
 
 
 POOLS = {
-    **{
-        method: f"get_context('{method}').Pool(2).map_async(work, range(4)).get(60)"
-        for method in ("spawn", "forkserver", "fork")
-    },
+    **{method: f"in_processes('{method}')" for method in ("spawn", "forkserver", "fork")},
     **{
         f"joblib {backend}": f"Parallel(2, backend='{backend}', timeout=60)(delayed(work)(seed) for seed in range(4))"
         for backend in ("loky", "multiprocessing", "threading")
@@ -143,6 +140,9 @@ def test_pools_of_workers(pool, tmp_path):
         from joblib import Parallel, delayed
         from worker import work
         warnings.simplefilter("ignore")
+        def in_processes(method):
+            with get_context(method).Pool(2) as pool:  # dropped by a thread of its own, a pool may wait for itself
+                return pool.map_async(work, range(4)).get(60)
         if __name__ == "__main__":
             here = [work(seed) for seed in range(4)]
             assert {POOLS[pool]} == here
