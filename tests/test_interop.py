@@ -336,7 +336,7 @@ BAD = [
     (
         lambda d: d.clear(),
         TypeError,
-        "state_dict: expected that of an optimizer of PyTorch, got a dict without its keys",
+        "state_dict: expected optimizer.state_dict() of PyTorch, got a dict without its keys",
     ),
     (
         setting("param_groups", 0, "params", value=[0]),

@@ -111,3 +111,10 @@ def test_bad_use():
         with pytest.raises(ValueError, match="state_dict"):
             scaler.load_state_dict(bad)
     assert scaler.scale == 2.0**16
+
+
+def test_arguments_in_the_wrong_order():
+    scaler = fs.DynamicLossScaler()
+    with pytest.raises(TypeError, match="^opt: expected an optimizer, got list"):
+        scaler.step([np.ones(2)], fs.SGD([np.ones(2)], lr=0.5, nonfinite="skip"))
+    assert repr(scaler) == "DynamicLossScaler(scale=65536.0, 0 of 2000 good steps)"

@@ -83,9 +83,11 @@ class DynamicLossScaler:
 
         Raises
         ------
-        ValueError
-            If the optimizer has another policy. Nothing has changed then, as with all errors of :meth:`Optimizer.step`.
+        TypeError, ValueError
+            If it is no optimizer, or one with another policy. Nothing has changed then, as with all errors of :meth:`Optimizer.step`.
         """
+        if not isinstance(opt, (Optimizer, Wrapper)):
+            raise TypeError(f"opt: expected an optimizer, got {type(opt).__name__}")
         if opt.nonfinite != "skip":
             raise ValueError(f"opt: expected an optimizer with nonfinite='skip', got {opt.nonfinite!r}")
         grad_scale = _hyper.grad_scale(grad_scale, "grad_scale")
@@ -99,6 +101,9 @@ class DynamicLossScaler:
         else:
             self._good_steps += 1
         return report
+
+    def __repr__(self) -> str:
+        return f"DynamicLossScaler(scale={self.scale}, {self._good_steps} of {self.growth_interval} good steps)"
 
     def state_dict(self) -> dict[str, float]:
         """What is needed to go on later."""

@@ -88,7 +88,7 @@ def from_torch(
     label = "state_dict"
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise TypeError(
-            f"{label}: expected that of an optimizer of PyTorch, got a {type(state_dict).__name__} without its keys"
+            f"{label}: expected optimizer.state_dict() of PyTorch, got a {type(state_dict).__name__} without its keys"
         )
     groups = state_dict["param_groups"]
     ordered = in_order(names, by_groups(opt))
