@@ -84,7 +84,8 @@ class DynamicLossScaler:
         Raises
         ------
         TypeError, ValueError
-            If it is no optimizer, or one with another policy. Nothing has changed then, as with all errors of :meth:`Optimizer.step`.
+            If it is no optimizer, or one with another policy. Nothing has changed then, as with all errors of
+            :meth:`Optimizer.step`.
         """
         if not isinstance(opt, (Optimizer, Wrapper)):
             raise TypeError(f"opt: expected an optimizer, got {type(opt).__name__}")
