@@ -14,8 +14,8 @@ static bool has_direction(const fs_group *group)
 enum { N_MEASURED = 2 };
 static const int measured[N_MEASURED] = {FS_PARAM_SQUARES, FS_UPDATE_SQUARES};
 
-/* What those norms are made of: sums of squares, each of a multiple, of the parameter, with its decay, and of the direction of
- * its step; or sums of what the rule puts into the places of the parameter and of the first state. Nothing else changes. */
+/* What those norms are made of: sums of squares, each of a multiple, of the parameter, with its decay, and of the direction
+ * of its step; or sums of what the rule puts into the places of parameter and first state. Nothing else changes. */
 static void measure(const fs_pass *pass, size_t i, size_t start, size_t end, const double *scales, fs_tile *tile)
 {
     const fs_plan *plan = pass->plan;
