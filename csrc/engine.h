@@ -64,6 +64,7 @@ typedef struct {
     double grad_scale, factor;    /* the factor is a multiplication that costs the rule nothing */
     bool zero, stage_grad, clip_units, limit_units, bound, average, clear;
     int n_operands;               /* of the rule: parameter, gradient, states */
+    const fs_small *small;        /* in place of the states, if any is small */
 } fs_work;
 
 fs_work fs_work_on(const fs_pass *pass, size_t i);

@@ -135,20 +135,20 @@ enum { SIDE = 16, AHEAD = 32 };
 
 /* ---- Small states --------------------------------------------------------------------------------------------------- */
 
-/* 32 random bits for each key and element of a block. In what follows such bits are a fraction: of the distance to the next
- * value, for a number to be rounded up from there on. */
-INLINE uint32_t random_bits(uint32_t key, uint32_t element)
+/* 32 random bits for each key and element of a block: of key + element * BETWEEN_ELEMENTS. In what follows such bits are a
+ * fraction: of the distance to the next value, for a number to be rounded up from there on. */
+static const uint32_t BETWEEN_ELEMENTS = 0x9e3779b9u;
+
+INLINE uint32_t random_bits(uint32_t x)
 {
-    uint32_t x = key + element * 0x9e3779b9u;
     x = (x ^ x >> 16) * 0x7feb352du;
     return (x ^ x >> 15) * 0x846ca68bu;
 }
 
 INLINE uint16_t float32_to_bfloat16_at_random(float x, uint32_t random)
 {
-    const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffff;
-    const uint32_t rounded = magnitude >= 0x7f800000 ? bits : bits + (random >> 16);
-    return (uint16_t)((rounded >> 16) | (magnitude > 0x7f800000 ? 0x40 : 0));
+    const uint32_t bits = float_bits(x);
+    return (uint16_t)((x != x ? bits | 0x400000 : bits + (random >> 16)) >> 16);    /* infinity has no digits to carry */
 }
 
 INLINE uint16_t float32_to_float16_at_random(float x, uint32_t random)

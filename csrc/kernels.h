@@ -37,20 +37,28 @@ static inline double or_epsilon(double eps, size_t item)
     return or_else(eps, item == sizeof(float) ? 0x1p-23 : 0x1p-52);
 }
 
+/* Update a run in place: grad is multiplied by factor and param by decay, then the rule is applied. */
+typedef void fs_rule(size_t n, void *param, const void *grad, void *const *state, double factor, double decay,
+                     const void *coefs);
+
+/* The states of a block: each in a small type or, like all else, in the compute type. Two small ones share random bits, those
+ * of a key, to be rounded with. */
+typedef struct { char *data; float *scales; fs_dtype dtype; } fs_state;
+typedef struct { int n_states; fs_state state[FS_MAX_STATES]; uint32_t key[FS_MAX_STATES / 2]; } fs_small;
+
 /* `real` below is the table's compute type. Runs are contiguous and do not overlap. */
 typedef struct {
-    /* Update a run in place: grad is multiplied by factor and param by decay, then the rule is applied. */
-    void (*rule[FS_N_RULES])(size_t n, void *param, const void *grad, void *const *state, double factor, double decay,
-                             const void *coefs);
+    fs_rule *rule[FS_N_RULES];
+    /* The same for a block of which states are small: FS_SCALED elements at a time, in the first-level cache meanwhile. */
+    void (*apply_to_small)(fs_rule *rule, size_t n, void *param, const void *grad, const fs_small *small, double factor,
+                           double decay, const void *coefs);
     /* Between storage and run, over two dimensions: `outer` and `inner` strides in bytes. */
     void (*load[4])(size_t n_outer, size_t n_inner, void *real, const char *data, ptrdiff_t outer, ptrdiff_t inner);
     void (*store[4])(size_t n_outer, size_t n_inner, const void *real, char *data, ptrdiff_t outer, ptrdiff_t inner);
     /* 32 random bits for each of n elements of a block, by its key, from the `first` on. */
     void (*random)(size_t n, uint32_t key, size_t first, uint32_t *bits);
-    /* A block of a small state, by its dtype: from storage, and back, rounded with the upper or lower half of such bits. */
-    void (*load_small[FS_UINT8 + 1])(size_t n, void *real, const void *data, const float *scales);
-    void (*store_small[FS_UINT8 + 1])(size_t n, const void *real, void *data, float *scales, const uint32_t *random,
-                                      bool upper);
+    /* A block of a small state, from storage. */
+    void (*load_small)(size_t n, void *real, const fs_state *state);
     /* A block of a parameter of 16 bits, by rounding and dtype: what it is with its residual (join), and the reverse (part);
      * NULL where there is nothing to do. Only in tables of float32. */
     void (*join[FS_N_ROUNDINGS][FS_BFLOAT16 + 1])(size_t n, void *real, const void *residual);

@@ -11,36 +11,39 @@ static unsigned long long mix(unsigned long long z)
     return z ^ z >> 31;
 }
 
-/* Random bits for a piece, by seed, step, array, what they are for (pairs of states, 0 and 1, or the parameter), block and
- * place. */
+/* The keys of random bits: an array's, by seed, step and array; and a block's, by that and what they are for: pairs of states,
+ * 0 and 1, or the parameter. */
 enum { FOR_PARAM = 2 };
 
-static void draw(const fs_work *w, const fs_plan *plan, size_t array, int use, size_t start, size_t count, uint32_t *random)
+static unsigned long long array_key(const fs_plan *plan, size_t array)
 {
-    const unsigned long long key = mix(mix(mix(plan->seed) + (unsigned long long)plan->step) + 4 * array + (unsigned)use);
-    w->k->random(count, (uint32_t)mix(key + start / FS_BLOCK), start % FS_BLOCK, random);
+    return mix(mix(plan->seed) + (unsigned long long)plan->step) + 4 * array;
+}
+
+static uint32_t block_key(unsigned long long array_key, int use, size_t start)
+{
+    return (uint32_t)mix(mix(array_key + (unsigned)use) + start / FS_BLOCK);
 }
 
 /* So many elements go through all loops together where some are copied, in the first-level cache: a multiple of FS_SCALED.
  * Where sums are made it is FS_BLOCK. */
 enum { PIECE = FS_BLOCK / 2 };
 
-/* Whether all operands are runs to be used where they lie. */
-static bool is_in_place(const fs_array *array)
+static bool has_small_states(const fs_work *w, const fs_array *array)
 {
-    bool in_place = array->is_run && array->n_units == 0;
-    for (int o = 0; o < FS_N_OPERANDS; o++)
-        in_place = in_place && !array->operand[o].is_packed;
-    return in_place;
+    for (int o = FS_STATE; o < w->n_operands; o++)
+        if (array->operand[o].is_packed)
+            return true;
+    return false;
 }
 
-/* What of a later piece is still to be fetched: loops over short pieces are too short for the CPU to look ahead. */
+/* What of a later piece is still to be fetched, if pieces are copied: then loops are too short for the CPU to look ahead. */
 typedef struct { const fs_array *array; size_t start, count, byte; int operand; } fs_ahead;
 
-static fs_ahead ahead_of(const fs_array *array, size_t start, size_t count)
+static fs_ahead ahead_of(const fs_array *array, size_t start, size_t count, bool in_place)
 {
     enum { AHEAD = 2 * PIECE };
-    const bool is_there = count <= FS_BLOCK && start + AHEAD + count <= array->size;
+    const bool is_there = !in_place && start + AHEAD + count <= array->size;
     return (fs_ahead){.array = array, .start = start + AHEAD, .count = count, .operand = is_there ? 0 : FS_N_OPERANDS};
 }
 
@@ -123,23 +126,42 @@ static void count_zeros(const fs_work *w, const fs_plan *plan, size_t i, size_t 
         *zeros++ = (double)w->k->count_zeros(min_size(count - done, FS_BLOCK), grad + done * item);
 }
 
+/* The states of a block: small ones where they lie, others where they have been brought. */
+static fs_small small_states(const fs_work *w, const fs_array *array, unsigned long long key, size_t start, void *const *at)
+{
+    fs_small small = {.n_states = w->n_operands - FS_STATE};
+    for (int s = 0; s < small.n_states; s++) {
+        const fs_state plain = {.data = at[FS_STATE + s], .dtype = array->real};
+        small.state[s] = array->operand[FS_STATE + s].is_packed ? fs_packed_state(array, FS_STATE + s, start) : plain;
+        small.key[s / 2] = block_key(key, s / 2, start);
+    }
+    return small;
+}
+
 void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t end, fs_tile *tile)
 {
     const fs_array *array = &plan->arrays[i];
-    const bool in_place = is_in_place(array);
-    const size_t piece = in_place ? LONG_RUN / array->item : plan->has_stats ? FS_BLOCK : PIECE;
+    const bool in_place = array->is_run && array->n_units == 0;    /* all but small states */
+    const bool has_small = has_small_states(w, array);
+    const bool by_block = has_small || (plan->has_stats && !in_place);
+    const size_t piece = by_block ? FS_BLOCK : in_place ? LONG_RUN / array->item : PIECE;
     char *copy[FS_N_PLACES];
     for (int o = 0; o < FS_N_PLACES; o++)
         copy[o] = in_place ? (char *)tile : room_for(tile, o);    /* which then is for the gradient alone */
     char *before = in_place ? (char *)tile + LONG_RUN : copy[BEFORE];
+    const unsigned long long key = array_key(plan, i);
+    fs_small small;
+    fs_work work = *w;
+    work.small = has_small ? &small : NULL;
     size_t count = array->is_run && !array->in_blocks ? fs_before_cache_line(array, start) : 0;
     for (; start < end; start += count, count = 0) {
         void *at[FS_N_PLACES];
         uint32_t random[FS_BLOCK];
         count = min_size(end - start, count > 0 ? count : piece);
-        fs_ahead ahead = ahead_of(array, start, count);
+        fs_ahead ahead = ahead_of(array, start, count, in_place);
         for (int o = 0; o < w->n_operands; o++) {
-            at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
+            if (!array->operand[o].is_packed)
+                at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
             fetch_some(&ahead);
         }
         bring_factors(w, array, start, count, at, copy);
@@ -148,18 +170,17 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
             count_zeros(w, plan, i, start, count, at[FS_GRAD]);
             fetch_some(&ahead);
         }
-        fs_update_row(w, count, at, copy[FS_GRAD]);
+        if (has_small)
+            small = small_states(w, array, key, start, at);
+        fs_update_row(&work, count, at, copy[FS_GRAD]);
         fetch_some(&ahead);
         if (array->rounding == FS_STOCHASTIC)
-            draw(w, plan, i, FOR_PARAM, start, count, random);
+            w->k->random(count, block_key(key, FOR_PARAM, start), start % FS_BLOCK, random);
         fs_store_in_memory_order(w->k, array, FS_PARAM, start, count, at[FS_PARAM], random);
         fetch_some(&ahead);
         for (int o = FS_STATE; o < w->n_operands && !array->operand[o].is_constant; o++) {
-            const int pair = (o - FS_STATE) / 2;
-            const bool is_first = (o - FS_STATE) % 2 == 0;
-            if (array->operand[o].is_packed && (is_first || !array->operand[o - 1].is_packed))
-                draw(w, plan, i, pair, start, count, random);
-            fs_store_in_memory_order(w->k, array, o, start, count, at[o], random);
+            if (!array->operand[o].is_packed)
+                fs_store_in_memory_order(w->k, array, o, start, count, at[o], random);
             fetch_some(&ahead);
         }
         if (plan->has_stats) {

@@ -429,10 +429,11 @@ size_t fs_before_cache_line(const fs_array *array, size_t start)
     return -address % CACHE_LINE / array->item;
 }
 
-/* The scales of a part of a small state. */
-static float *scales_from(const fs_operand *operand, size_t start)
+fs_state fs_packed_state(const fs_array *array, int o, size_t start)
 {
-    return operand->scales ? operand->scales + start / FS_SCALED : NULL;
+    const fs_operand *operand = &array->operand[o];
+    return (fs_state){.data = operand->data + start * fs_dtype_size(operand->dtype), .dtype = operand->dtype,
+                      .scales = operand->scales ? operand->scales + start / FS_SCALED : NULL};
 }
 
 static char *residual_from(const fs_array *array, size_t start)
@@ -445,9 +446,10 @@ void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int o,
 {
     const fs_operand *operand = &array->operand[o];
     char *data = operand->data + start * fs_dtype_size(operand->dtype);
-    if (operand->is_packed)
-        k->load_small[operand->dtype](count, run, data, scales_from(operand, start));
-    else if (!is_dense(array, o))
+    if (operand->is_packed) {
+        const fs_state state = fs_packed_state(array, o, start);
+        k->load_small(count, run, &state);
+    } else if (!is_dense(array, o))
         move(k, array, o, array->loops, array->n_loops, start, count, run, false);
     else if (operand->aligned && operand->dtype == array->real)
         return data;
@@ -465,9 +467,7 @@ void fs_store_in_memory_order(const fs_kernels *k, const fs_array *array, int o,
     char *data = operand->data + start * fs_dtype_size(operand->dtype);
     if (o == FS_PARAM && array->rounding != FS_NEAREST)
         k->part[array->rounding][operand->dtype](count, run, residual_from(array, start), random);
-    if (operand->is_packed)
-        k->store_small[operand->dtype](count, run, data, scales_from(operand, start), random, (o - FS_STATE) % 2);
-    else if (!is_dense(array, o))
+    if (!is_dense(array, o))
         move(k, array, o, array->loops, array->n_loops, start, count, run, true);
     else if (run != data)
         k->store[operand->dtype](1, count, run, data, 0, (ptrdiff_t)fs_dtype_size(operand->dtype));

@@ -28,8 +28,10 @@ void fs_load_in_c_order(const fs_kernels *k, const fs_array *array, size_t start
 void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int operand, size_t start, size_t count,
                               void *run);
 
-/* The reverse. Small states and parameters of 16 bits are rounded with these random bits, two states with the halves of the
- * same. A parameter is left as it was rounded. */
+/* The same place of a state that is packed. */
+fs_state fs_packed_state(const fs_array *array, int operand, size_t start);
+
+/* The reverse of loading, but for small states. Parameters of 16 bits are rounded with these random bits, and left so. */
 void fs_store_in_memory_order(const fs_kernels *k, const fs_array *array, int operand, size_t start, size_t count, void *run,
                               const uint32_t *random);
 

@@ -135,6 +135,20 @@ void test_join_and_part(void)
 
 /* ---- Small states -------------------------------------------------------------------------------------------------- */
 
+/* A rule whose first state becomes the gradient; and with it, what a state makes of a block of values. */
+static void keep(size_t n, void *param, const void *grad, void *const *state, double factor, double decay, const void *coefs)
+{
+    (void)param, (void)factor, (void)decay, (void)coefs;
+    memcpy(state[0], grad, n * sizeof(float));
+}
+
+static void store_small(const fs_kernels *kernels, const float *values, const fs_state *state, uint32_t key)
+{
+    const fs_small small = {.n_states = 1, .state = {*state}, .key = {key}};
+    float param[FS_BLOCK];
+    kernels->apply_to_small(keep, FS_BLOCK, param, values, &small, 1.0, 1.0, NULL);
+}
+
 /* Small states: a float that comes back is one of the two nearest that can be stored, nothing around is changed, and all
  * levels and numbers of threads do the same. */
 void test_small_states(void)
@@ -211,15 +225,14 @@ void test_small_states(void)
             for (int exponent = -120; exponent <= 120; exponent += 24) {
                 const fs_kernels *kernels = fs_kernels_of(level, FS_FLOAT32);
                 float values[FS_BLOCK], found[FS_BLOCK];
-                uint32_t random[FS_BLOCK];
                 CONTEXT("level %s, kind %d, exponent %d", fs_level_name(level), k, exponent);
                 for (size_t i = 0; i < FS_BLOCK; i++) {
                     const double x = ldexp(random_signed(), exponent - (int)(i % 7));
                     values[i] = (float)(kinds[k].dtype == FS_UINT8 ? fabs(x) : x);
                 }
-                kernels->random(FS_BLOCK, (uint32_t)exponent, 0, random);
-                kernels->store_small[kinds[k].dtype](FS_BLOCK, values, data[k], scales[k], random, exponent % 48);
-                kernels->load_small[kinds[k].dtype](FS_BLOCK, found, data[k], scales[k]);
+                const fs_state state = {.data = (char *)data[k], .scales = scales[k], .dtype = kinds[k].dtype};
+                store_small(kernels, values, &state, (uint32_t)exponent);
+                kernels->load_small(FS_BLOCK, found, &state);
                 for (size_t i = 0; i < FS_BLOCK; i++) {
                     const double error = fabs((double)found[i] - values[i]), coarsest = ldexp(kinds[k].least, exponent + 1);
                     CHECK(error < kinds[k].coarseness * fabs((double)values[i]) + coarsest + 0x1p-133);
@@ -227,11 +240,11 @@ void test_small_states(void)
             }
     FOR_LEVELS(level) {    /* what rules divide by does not become 0 beside what is not, and zeros stay zeros */
         const fs_kernels *kernels = fs_kernels_of(level, FS_FLOAT32);
-        const uint32_t random[FS_BLOCK] = {0};
-        float values[FS_BLOCK] = {1}, found[FS_BLOCK], scale[FS_BLOCK / FS_SCALED];
-        uint8_t codes[FS_BLOCK];
-        kernels->store_small[FS_UINT8](FS_BLOCK, values, codes, scale, random, false);
-        kernels->load_small[FS_UINT8](FS_BLOCK, found, codes, scale);
+        float values[FS_BLOCK] = {1}, found[FS_BLOCK], scale[FS_BLOCK / FS_SCALED] = {1};
+        uint8_t codes[FS_BLOCK] = {0};
+        const fs_state state = {.data = (char *)codes, .scales = scale, .dtype = FS_UINT8};
+        store_small(kernels, values, &state, 0);
+        kernels->load_small(FS_BLOCK, found, &state);
         for (size_t i = 0; i < FS_BLOCK; i++)
             CHECK((found[i] > 0) == (i < FS_SCALED));
     }
