@@ -41,8 +41,8 @@ static inline double or_epsilon(double eps, size_t item)
 typedef void fs_rule(size_t n, void *param, const void *grad, void *const *state, double factor, double decay,
                      const void *coefs);
 
-/* The states of a block: each in a small type or, like all else, in the compute type. Two small ones share random bits, those
- * of a key, to be rounded with. */
+/* The states of a block: each in a small type or, like all else, in the compute type. Two small ones share the random bits
+ * that they are rounded with, those of a key. */
 typedef struct { char *data; float *scales; fs_dtype dtype; } fs_state;
 typedef struct { int n_states; fs_state state[FS_MAX_STATES]; uint32_t key[FS_MAX_STATES / 2]; } fs_small;
 
@@ -72,12 +72,11 @@ typedef struct {
     /* What follows the rule: bound the parameter, and move its average towards it. */
     void (*bound)(size_t n, void *param, double lower, double upper);
     void (*average)(size_t n, void *average, const void *param, double weight);
-    /* What statistics are made of. */
-    void (*subtract)(size_t n, const void *from, void *real);
     size_t (*count_zeros)(size_t n, const void *grad);
-    /* Sums over consecutive blocks of FS_BLOCK: of x, and of (scale x)^2. */
+    /* Sums over consecutive blocks of FS_BLOCK: of x, of (scale x)^2, and of squared differences. */
     void (*sum)(size_t n, const void *run, double *block_sums);
     void (*sum_squares)(size_t n, const void *grad, double scale, double *block_sums);
+    void (*sum_squared_changes)(size_t n, const void *after, const void *before, double *block_sums);
     /* Add to what is there: squares to sums, one for each element; numbers of elements. */
     void (*add_squares)(size_t n, const void *grad, double *sums);
     void (*count_nonfinite)(size_t n, const void *grad, size_t *n_nan, size_t *n_inf);

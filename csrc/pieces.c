@@ -11,8 +11,8 @@ static unsigned long long mix(unsigned long long z)
     return z ^ z >> 31;
 }
 
-/* The keys of random bits: an array's, by seed, step and array; and a block's, by that and what they are for: pairs of states,
- * 0 and 1, or the parameter. */
+/* The keys of random bits: an array's, by seed, step and array; and a block's, by that and what they are for: pairs of
+ * states, 0 and 1, or the parameter. */
 enum { FOR_PARAM = 2 };
 
 static unsigned long long array_key(const fs_plan *plan, size_t array)
@@ -108,14 +108,14 @@ const void *fs_load_staged(const fs_work *w, const fs_array *array, size_t start
     return fs_stage_gradient(w, count, at, copy[FS_GRAD]);
 }
 
-/* The parameter before and after the update of a block; the change goes where it was before. */
-static void add_stats(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t count, void *before, char *copy)
+/* The parameter before and after the update of a block. */
+static void add_stats(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t count, const void *before,
+                      char *copy)
 {
     const size_t block = plan->first_block[i] + start / FS_BLOCK;
     const void *after = fs_load_in_memory_order(w->k, &plan->arrays[i], FS_PARAM, start, count, copy);
     w->k->sum_squares(count, after, 1.0, &plan->block_stats[FS_PARAM_SQUARES][block]);
-    w->k->subtract(count, after, before);
-    w->k->sum_squares(count, before, 1.0, &plan->block_stats[FS_UPDATE_SQUARES][block]);
+    w->k->sum_squared_changes(count, after, before, &plan->block_stats[FS_UPDATE_SQUARES][block]);
 }
 
 static void count_zeros(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t count, const char *grad)
