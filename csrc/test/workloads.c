@@ -47,6 +47,26 @@ static void steps_transposed(const char *rule, ptrdiff_t n_rows, ptrdiff_t n_col
     free_plan(flat);
 }
 
+static void steps_of_small(fs_dtype first, fs_dtype second)
+{
+    enum { SIZE = 100000 };
+    static uint16_t states[2][SIZE];
+    static float scales[2][SIZE / FS_SCALED + 1];
+    const fs_dtype dtypes[] = {first, second};
+    const size_t size = SIZE;
+    fs_plan *plan = make_plan(FS_FLOAT32, 1, &size), *small = make_plan_like(plan, 1, (const ptrdiff_t[]){SIZE});
+    for (int o = 0; o < FS_STATE; o++)
+        set_contiguous(&small->arrays[0], o, operand(plan, 0, o)->data, FS_FLOAT32);
+    for (int s = 0; s < 2; s++)
+        fs_array_set_small(&small->arrays[0], FS_STATE + s, states[s], dtypes[s],
+                           dtypes[s] == FS_BFLOAT16 ? NULL : scales[s]);
+    const fs_options options = plain(small, find_rule("adam"));
+    for (int i = 0; i < STEPS; i++)
+        take_step(small, options);
+    fs_plan_free(small);
+    free_plan(plan);
+}
+
 static void one_array(void) { steps_of("adam", FS_FLOAT32, 1, 100000, PLAIN); }
 static void one_small_array(void) { steps_of("adam", FS_FLOAT32, 1, 1000, PLAIN); }
 static void many_small_arrays(void) { steps_of("adam", FS_FLOAT32, 1000, 100, PLAIN); }
@@ -55,6 +75,8 @@ static void one_checked_array(void) { steps_of("adam", FS_FLOAT32, 1, 100000, CH
 static void every_stage(void) { steps_of("adam", FS_FLOAT32, 1, 100000, BUSY); }
 static void in_double(void) { steps_of("adam", FS_FLOAT64, 1, 100000, PLAIN); }
 static void half_precision(void) { steps_of("adam", FS_BFLOAT16, 1, 100000, PLAIN); }
+static void state_in_bfloat16(void) { steps_of_small(FS_BFLOAT16, FS_BFLOAT16); }
+static void state_in_8_bits(void) { steps_of_small(FS_INT8, FS_UINT8); }
 static void transposed(void) { steps_transposed("adam", 300, 333); }
 
 static void every_rule(void)
@@ -70,7 +92,8 @@ int main(int argc, char **argv)
     static const struct { const char *name; void (*run)(void); } workloads[] = {
         WORKLOAD(one_array),   WORKLOAD(one_small_array), WORKLOAD(many_small_arrays),
         WORKLOAD(many_checked_arrays), WORKLOAD(one_checked_array), WORKLOAD(every_stage), WORKLOAD(in_double),
-        WORKLOAD(half_precision), WORKLOAD(transposed), WORKLOAD(every_rule),
+        WORKLOAD(half_precision), WORKLOAD(state_in_bfloat16), WORKLOAD(state_in_8_bits), WORKLOAD(transposed),
+        WORKLOAD(every_rule),
     };
     for (size_t w = 0; w < LENGTH(workloads); w++) {
         if (argc == 1)
