@@ -47,19 +47,21 @@ static fs_ahead ahead_of(const fs_array *array, size_t start, size_t count, bool
     return (fs_ahead){.array = array, .start = start + AHEAD, .count = count, .operand = is_there ? 0 : FS_N_OPERANDS};
 }
 
-/* Between two loops; not all at once, since the CPU drops what it has no room for. */
+/* Between two loops; not all at once, since the CPU drops what it has no room for. To the second-level cache, which has more
+ * of that. Kernels for small states do it themselves. */
 static void fetch_some(fs_ahead *ahead)
 {
-    enum { AT_ONCE = 12 * CACHE_LINE };
+    enum { AT_ONCE = 32 * CACHE_LINE, TO_READ = 0, SECOND_LEVEL = 2 };
     size_t left = AT_ONCE;
     for (; ahead->operand < FS_N_OPERANDS; ahead->operand++, ahead->byte = 0) {
         const fs_operand *operand = &ahead->array->operand[ahead->operand];
-        const bool is_run = operand->data && !operand->is_constant;    /* with gaps, what is fetched may be of no use */
+        const bool is_small_state = operand->is_packed && ahead->operand < FS_AVERAGE;
+        const bool is_run = operand->data && !operand->is_constant && !is_small_state;    /* gaps: of no use */
         const size_t item = fs_dtype_size(operand->dtype), size = is_run ? ahead->count * item : 0;
         for (; ahead->byte < size; ahead->byte += CACHE_LINE, left -= CACHE_LINE) {
             if (left == 0)
                 return;
-            __builtin_prefetch(operand->data + ahead->start * item + ahead->byte);
+            __builtin_prefetch(operand->data + ahead->start * item + ahead->byte, TO_READ, SECOND_LEVEL);
         }
     }
 }
