@@ -162,16 +162,16 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("binds", [False, True])
+@pytest.mark.parametrize(("binds", "stats"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("form", ["one", "list", "dict", "nested", "groups"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_changes_are_noticed(change, form, binds, rng):
+def test_changes_are_noticed(change, form, binds, stats, rng):
     params = make_arrays(rng, form)
     grads = as_gradients(make_arrays(rng, form))
     found = []
     for backend in ("c", "reference"):
         own, own_grads = copied(params), copied(grads)
-        opt = fs.Adam(own, lr=0.1, clip_norm=2.0, backend=backend)
+        opt = fs.Adam(own, lr=0.1, clip_norm=2.0, stats=stats, backend=backend)
         if binds:
             opt.bind(own_grads)
         given = None if binds else own_grads
@@ -184,10 +184,11 @@ def test_changes_are_noticed(change, form, binds, rng):
     assert_same_bits(compiled, reference)
 
 
+@pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("form", ["one", "list", "dict", "nested", "groups"])
-def test_the_short_way_is_taken(form, rng, monkeypatch):
+def test_the_short_way_is_taken(form, stats, rng, monkeypatch):
     params, grads = make_arrays(rng, form), as_gradients(make_arrays(rng, form))
-    opt = fs.Adam(params, clip_norm=1.0, allocate_state=None)
+    opt = fs.Adam(params, clip_norm=1.0, stats=stats)
     assert not used_short_way(opt, monkeypatch, grads)
     for _ in range(2):
         assert used_short_way(opt, monkeypatch, grads)

@@ -795,11 +795,9 @@ cdef class Plan:
         The steps of `used`, the plan that summed up these gradients, count from 0 again. `stats` gets a row for each array:
         norms of gradient, parameter and update, clip factor, numbers of elements of the gradient that are 0 and not finite.
         """
-        cdef double *rows = NULL if stats is None else <double *>PyArray_DATA(<PyArrayObject *>stats)
+        cdef double *rows = NULL if stats is None else rows_of(stats)
         with nogil:
-            self.finish(apply, clear_grads)
-            if apply and rows != NULL:
-                self.tell(rows)
+            self.finish(apply, clear_grads, rows)
         if used is not None:
             used.plan.step = 0
 
@@ -815,9 +813,11 @@ cdef class Plan:
             row[4] = self.plan.stats[FS_ZERO_GRADS][i]
             row[5] = <double>self.plan.norms[i].n_nonfinite
 
-    cdef void finish(self, bint apply, bint clear_grads) noexcept nogil:
+    cdef void finish(self, bint apply, bint clear_grads, double *rows) noexcept nogil:
         if apply:
             fs_update(self.plan, &self.options)
+            if rows != NULL:
+                self.tell(rows)
         if clear_grads and not (apply and self.options.clear_grads):    # that is in the same pass
             fs_clear(self.plan, &self.options)
 
@@ -851,13 +851,14 @@ cdef class Plan:
         ----------
         optimizer : Optimizer
             Of whose attributes these are used: param_groups, clip_norm, nonfinite and num_threads, to be what `remember` was
-            given; _spec, a tree as that of the gradients, with None for arrays; _follow_schedules, if there are any.
+            given; _spec, a tree as that of the gradients, with None for arrays; _follow_schedules, if there are any; and
+            _new_stats, if updates make statistics.
         grads : object
             None for the bound gradients.
         report_type : type
             A named tuple.
         """
-        if self.seen is None or self.plan.has_stats or not lock.acquire_at_once():
+        if self.seen is None or not lock.acquire_at_once():
             return None
         try:
             return self.repeat_locked(optimizer, grads, grad_scale, zero_grads, report_type)
@@ -871,6 +872,7 @@ cdef class Plan:
         cdef size_t i
         cdef list leaves
         cdef bint moved = False, near = False
+        cdef double *rows = NULL
         if not self.has_seen(settings):
             return None
         if type(grad_scale) is not float or <double>grad_scale != self.options.grad_scale:
@@ -909,15 +911,19 @@ cdef class Plan:
         for i in range(self.plan.n_arrays):
             if self.plan.norms[i].n_nonfinite > 0:
                 return None
+        stats = None
+        if self.plan.has_stats:
+            stats = optimizer._new_stats()
+            rows = rows_of(stats.rows)
         result = PyTuple_Type.tp_new(report_type, ((
             <long long>self.plan.step + 1, True, report.grad_norm if report.has_norm else None, report.clip_factor, {},
-            None,
+            stats,
         ),), NULL)
         if self.plan.n_elements < N_SMALL:
-            self.finish(True, zero_grads)
+            self.finish(True, zero_grads, rows)
         else:
             with nogil:
-                self.finish(True, zero_grads)
+                self.finish(True, zero_grads, rows)
         return result
 
     cdef bint has_seen(self, dict settings) except -1:
@@ -942,6 +948,10 @@ cdef class Plan:
                     return False
                 j += 2
         return True
+
+
+cdef double *rows_of(cnp.ndarray stats) noexcept:
+    return <double *>PyArray_DATA(<PyArrayObject *>stats)
 
 
 cdef double or_infinity(value):

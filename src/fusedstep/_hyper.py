@@ -267,6 +267,12 @@ KNOWN_TO: dict[str, tuple[tuple[str, ...], Any]] = {
 }
 """Hyper-parameters that not all conventions of their rules know, and what they are in the others."""
 
+UNKNOWN_TO = {
+    convention: {name: otherwise for name, (conventions, otherwise) in KNOWN_TO.items() if convention not in conventions}
+    for convention in CONVENTIONS
+}
+"""The same by convention."""
+
 
 def decay_mode(values: Mapping[str, Any]) -> str:
     """The kind of weight decay that `decay_mode`, or `decoupled_weight_decay` in its absence, asks for."""
@@ -295,8 +301,8 @@ def is_known(name: str, convention: str) -> bool:
 def check_known(values: Mapping[str, Any]) -> None:
     """Refuse hyper-parameters that the convention does not know."""
     convention = values.get("convention", "torch")
-    for name, (conventions, otherwise) in KNOWN_TO.items():
-        if convention not in conventions and values.get(name, otherwise) != otherwise:
+    for name, otherwise in UNKNOWN_TO[convention].items():
+        if values.get(name, otherwise) != otherwise:
             raise ValueError(f"{name}: expected {otherwise!r} for convention={convention!r}, got {values[name]!r}")
 
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -34,6 +34,24 @@ class Part(NamedTuple):
 
     rule: type[Optimizer]
     hyper: Mapping[str, Any]
+
+
+class Noting(Mapping[str, Any]):
+    """Hyper-parameters that note which of them are looked at."""
+
+    def __init__(self, hyper: Mapping[str, Any]) -> None:
+        self.hyper = hyper
+        self.noted: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        self.noted[key] = self.hyper[key]
+        return self.noted[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.hyper)
+
+    def __len__(self) -> int:
+        return len(self.hyper)
 
 
 class StepReport(NamedTuple):
@@ -219,6 +237,15 @@ class Optimizer:
         name = rule._kernel_name(states, hyper)
         return Kernel(rule, name, states, rule._numbers, tuple(needs), state.has_units(hyper), hyper["unit_axes"])
 
+    def _kernel_at(self, place: int, part: Part) -> Kernel:
+        """The same for this place in the plan: that of last time, unless something that decides on it has changed."""
+        kernel, decisive = self._kernel_by.get(place, (None, {}))
+        if kernel is None or not decisive.items() <= part.hyper.items():
+            hyper = Noting(part.hyper)
+            kernel = self._kernel(Part(part.rule, hyper))
+            self._kernel_by[place] = kernel, hyper.noted
+        return kernel
+
     def _state_type(self, name: str, part: Part) -> str:
         if self.state_dtype is None or name in part.rule._exact_states(part.hyper):
             return "compute"
@@ -296,6 +323,7 @@ class Optimizer:
         self._names = [name for name, _, _ in members]
         self._params = [array for _, array, _ in members]
         self._group_of = [i for _, _, i in members]
+        self._stats_of = {name: i for i, name in enumerate(self._names)}, [param.size for param in self._params]
         _arrays.check_names(self._names)
         _arrays.check_overlaps(self._labelled("params", self._params))
         for label, array in self._labelled("params", self._params):
@@ -309,6 +337,7 @@ class Optimizer:
         self._resolved: dict[int, tuple[list[Any], dict[str, Any], list[str]]] = {}
         self._in_plan: list[dict[str, Any]] = []  # those the plan has
         self._kernels: list[Kernel] = []
+        self._kernel_by: dict[int, tuple[Kernel, dict[str, Any]]] = {}  # by place, with the hyper-parameters that decided
         self._part_of: list[int] = []
         self._plan: Any = None
         self._shown: Shown | None = None  # what the parameters' arrays hold for a while in place of the parameters
@@ -353,26 +382,37 @@ class Optimizer:
         for i, group in enumerate(groups):
             self._check_keys(group, f"param_groups[{i}]")
             raw = [group[key] for key in self._group_defaults]
-            raw_before, values, keys = self._resolved.get(i, ([], {}, []))
-            is_new = not values or not all(map(operator.is_, raw, raw_before))
-            if is_new:
-                values, keys = {"convention": self.convention}, list(self._group_defaults)
-            if keys:
-                label = f"param_groups[{i}]." if self._is_grouped else ""
-                now = {key: _hyper.resolve(key, group[key], step, label + key, self._lengths.get(key)) for key in keys}
-                values = values | now
-                _hyper.check_known(values)
-                self._check_hyper(values)
-            if is_new:
-                keys = [key for key, value in zip(keys, raw) if not is_constant(value)]
-                self._resolved[i] = raw, values, keys
+            known = self._resolved.get(i)
+            if known is None or not all(map(operator.is_, raw, known[0])):
+                values = self._with({"convention": self.convention}, i, group, self._group_defaults, step)
+                self._resolved[i] = raw, values, [key for key in self._group_defaults if not is_constant(group[key])]
+            else:
+                values = self._scheduled(i, group, step)
             resolved.append(values)
         return resolved
 
+    def _scheduled(self, i: int, group: dict[str, Any], step: int) -> dict[str, Any]:
+        """The values of a group's hyper-parameters at this step, if nothing but schedules changes them."""
+        _, values, keys = self._resolved[i]
+        return self._with(values, i, group, keys, step) if keys else values
+
+    def _with(self, values: dict[str, Any], i: int, group: dict[str, Any], keys: Iterable[str], step: int) -> dict[str, Any]:
+        """Hyper-parameters with those of a group at this step for some of them, checked."""
+        label = f"param_groups[{i}]." if self._is_grouped else ""
+        now = {key: _hyper.resolve(key, group[key], step, label + key, self._lengths.get(key)) for key in keys}
+        values = values | now
+        _hyper.check_known(values)
+        self._check_hyper(values)
+        return values
+
     def _follow_schedules(self) -> bool:
-        """Have the plan know the hyper-parameters of this step. Returns whether it still is the same plan."""
+        """Have the plan know the hyper-parameters of this step, if nothing but schedules changes them.
+
+        Returns whether it still is the same plan.
+        """
         plan = self._plan
-        self._prepare_plan(self._resolve(self.param_groups, plan.steps), plan.steps)
+        step = plan.steps
+        self._prepare_plan([self._scheduled(i, group, step) for i, group in enumerate(self.param_groups)], step)
         return self._plan is plan
 
     @classmethod
@@ -397,19 +437,20 @@ class Optimizer:
 
     def _prepare_plan(self, values: list[dict[str, Any]], steps: int) -> None:
         """Have a plan, with the state arrays it needs, that knows these hyper-parameters."""
-        if len(values) == len(self._in_plan) and all(new is old for new, old in zip(values, self._in_plan)):
+        if len(values) == len(self._in_plan) and all(map(operator.is_, values, self._in_plan)):
             return
         parts = self._parts(values)
-        kernels, part_of = [self._kernel(part) for part in parts], self._places(values)
-        if (kernels, part_of) != (self._kernels, self._part_of):
+        kernels, part_of = list(map(self._kernel_at, range(len(parts)), parts)), self._places(values)
+        if kernels != self._kernels or part_of != self._part_of:
             owned = self._completed(self._specs(kernels, part_of))
             assign(self._adoption(self._make_plan(kernels, part_of, owned, steps, self.seed), kernels, part_of, owned))
-        before, self._in_plan = self._in_plan or [{}] * len(values), []
+        before = self._in_plan.copy() or [{}] * len(values)
+        self._in_plan.clear()
         per_group = len(parts) // len(values)
         for i, part in enumerate(parts):
             if values[i // per_group] is not before[i // per_group]:
                 self._plan.set_group(i, part.hyper)
-        self._in_plan = values
+        self._in_plan.extend(values)
 
     def _axes(self, param: Array) -> list[int]:
         """The order in which small states and residuals have the elements of a parameter, and statistics add them up."""
@@ -558,7 +599,7 @@ class Optimizer:
         nonfinite = {self._names[i]: count for i, count in bad}
         if not applied and self.nonfinite == "raise":
             raise NonFiniteGradientError(nonfinite)
-        stats = Stats(self._names, [param.size for param in self._params]) if self.stats and applied else None
+        stats = self._new_stats() if applied else None
         report = StepReport(steps + applied, applied, grad_norm, clip_factor, nonfinite, stats)
         if is_constant(self.clip_norm) and self._direction is None:
             follows = any(keys for _, _, keys in self._resolved.values())
@@ -568,6 +609,10 @@ class Optimizer:
             self._make_directions(grad_scale)
         self._plan.update(applied, zero_grads, used, rows)  # last of all, so that nothing can go wrong afterwards
         return report
+
+    def _new_stats(self) -> Stats | None:
+        """Statistics for a step to fill in, if there are to be any."""
+        return Stats(*self._stats_of) if self.stats else None
 
     def _make_directions(self, grad_scale: float) -> None:
         """Have kernels with steps along what is made of whole arrays find that, made of the measured gradients."""

@@ -48,10 +48,10 @@ class Stats(Mapping[str, ArrayStats]):
     memory layout. Squares of float64 values above 1e154 overflow.
     """
 
-    def __init__(self, names: list[str], sizes: list[int]) -> None:
-        self._places = {name: i for i, name in enumerate(names)}
+    def __init__(self, places: dict[str, int], sizes: list[int]) -> None:
+        self._places = places
         self._sizes = sizes
-        self.rows: NDArray[Any] = np.zeros((len(names), 6))  # filled by the step
+        self.rows: NDArray[Any] = np.zeros((len(sizes), 6))  # filled by the step
 
     def __getitem__(self, name: str) -> ArrayStats:
         place = self._places[name]
