@@ -211,6 +211,11 @@ def read_only_grad(opt, params, grads):
     return r"grads\['1'\]: expected a writeable array for zero_grads=True, got a read-only one", {"zero_grads": True}
 
 
+def read_only_state(opt, params, grads):
+    opt.state["3"]["exp_avg_sq"].flags.writeable = False
+    return r"state\['3'\]\['exp_avg_sq'\]: expected a writeable array, got a read-only one", {}
+
+
 def resized_param(opt, params, grads):
     params[1].resize(2000, refcheck=False)
     return r"params\['1'\]: expected the memory and shape it had, got others", {}
@@ -271,7 +276,7 @@ def wrong_policy(opt, params, grads):
 
 
 WRONG = [
-    read_only_param, read_only_grad, resized_param, reshaped_param, wrong_shape, resized_grad, wrong_dtype, too_few,
+    read_only_param, read_only_grad, read_only_state, resized_param, reshaped_param, wrong_shape, resized_grad, wrong_dtype, too_few,
     gradient_is_a_parameter, gradient_is_state, nan_in_the_last, wrong_scale, wrong_lr, wrong_policy,
 ]  # fmt: skip
 

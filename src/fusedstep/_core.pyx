@@ -497,6 +497,8 @@ cdef class Plan:
     cdef readonly list grads    # None before any are bound
     cdef int apart              # whether no elements of gradients share memory; -1: to be found out
     cdef PyArrayObject **written    # what a step writes, by array, NULL where none; owned by the lists
+    cdef PyArrayObject **beside     # those of them that are no parameters, without gaps
+    cdef size_t n_beside
     cdef size_t n_spans         # address ranges of what a step writes, apart and in order: first address, end, ...
     cdef size_t *spans
     cdef list seen              # what `repeat` expects: each group's dictionary, and its keys and values in turn
@@ -548,12 +550,14 @@ cdef class Plan:
                 self.set_rounding(i, ROUNDINGS[low_precision], residual)
             if unit_axes is not None:
                 self.set_units(i, unit_axes)
+        self.find_beside()
         self.seed = seed
         check(fs_plan_finish(self.plan))
 
     def __dealloc__(self):
         fs_plan_free(self.plan)
         PyMem_Free(self.spans)
+        PyMem_Free(self.beside)
         PyMem_Free(self.written)
 
     cdef int set_written(self, size_t i, int operand, cnp.ndarray array) except -1:
@@ -592,6 +596,17 @@ cdef class Plan:
         for a, axis in enumerate(axes):
             counting[a] = axis
         fs_array_set_units(&self.plan.arrays[i], <int>len(axes), counting)
+        return 0
+
+    cdef int find_beside(self) except -1:
+        cdef size_t i
+        self.beside = <PyArrayObject **>PyMem_Malloc(self.plan.n_arrays * N_WRITTEN * sizeof(PyArrayObject *) + 1)
+        if self.beside == NULL:
+            check(FS_OUT_OF_MEMORY)
+        for i in range(self.plan.n_arrays * N_WRITTEN):
+            if i % N_WRITTEN != FS_PARAM and self.written[i] != NULL:
+                self.beside[self.n_beside] = self.written[i]
+                self.n_beside += 1
         return 0
 
     # ---- Gradients ----
@@ -895,6 +910,9 @@ cdef class Plan:
             if not PyArray_ISWRITEABLE(param) or not lies_at(&self.plan.arrays[i], FS_PARAM, param):
                 return None
             if zero_grads and not cnp.PyArray_ISWRITEABLE(self.grads[i]):
+                return None
+        for i in range(self.n_beside):
+            if not PyArray_ISWRITEABLE(self.beside[i]):
                 return None
         if self.follows:
             seen = self.seen
