@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fusedstep as fs
-from fusedstep import __main__, _backends, _core, check, database
+from fusedstep import __main__, _core, _extension, check, database
 from fusedstep.demo import data, train
 from fusedstep.demo.mlp import MLP
 
@@ -57,7 +57,7 @@ def test_check_notices_one_differing_bit(capsys, monkeypatch):
     monkeypatch.setattr(check, "sizes", lambda thorough: [1, 17])
     monkeypatch.setattr(check, "dtype_pairs", lambda: [(np.float32, np.float32)])
     monkeypatch.setattr(database, "ENTRIES", database.ENTRIES[:1])
-    monkeypatch.setattr(_backends.core, "Plan", Plan)
+    monkeypatch.setattr(_extension.core, "Plan", Plan)
     status, text = fusedstep(capsys, "check")
     assert status == 1
     assert "FAILED SGD() float32, gradients float32; baseline, 1 threads: 1 of 18 differ" in text

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import fusedstep as fs
-from fusedstep import reference
+from fusedstep.reference import storage
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
@@ -50,9 +50,7 @@ def test_steps_are_those_of_float32(low_precision, backend):
         opt.step({"w": grad})
         wanted.step({"w": grad})
         kept = (
-            opt.state["w"]["master"]
-            if low_precision == "master"
-            else reference.join(w, "split", opt.state["w"]["remainder"])
+            opt.state["w"]["master"] if low_precision == "master" else storage.join(w, "split", opt.state["w"]["remainder"])
         )
         np.testing.assert_array_equal(kept, exact)
     np.testing.assert_array_equal(opt.averages["w"], wanted.averages["w"])
@@ -81,8 +79,8 @@ def test_any_float32_splits_and_joins():
     ]
     values = np.concatenate([np.array(edges, np.uint32), bits]).view(np.float32)
     param, remainder = np.zeros(values.shape, BFLOAT16), np.zeros(values.shape, np.int16)
-    reference.part(values, param, "split", remainder, None)
-    np.testing.assert_array_equal(reference.join(param, "split", remainder), values)
+    storage.part(values, param, "split", remainder, None)
+    np.testing.assert_array_equal(storage.join(param, "split", remainder), values)
     finite = np.abs(values) < 3e38
     distance = np.abs(values[finite].astype(np.float64) - param[finite].astype(np.float64))
     nearest = np.abs(values[finite].astype(np.float64) - values[finite].astype(BFLOAT16).astype(np.float64))
@@ -98,20 +96,20 @@ def test_random_rounding(dtype):
     exact = unsigned[np.isfinite(unsigned.astype(np.float32))].astype(np.float32)
     for random in (0, 0x7FFFFFFF, 0xFFFFFFFF):
         stored = np.zeros(exact.shape, dtype)
-        reference.part(exact, stored, "stochastic", None, np.full(exact.shape, random, np.uint32))
+        storage.part(exact, stored, "stochastic", None, np.full(exact.shape, random, np.uint32))
         np.testing.assert_array_equal(stored, exact.astype(dtype))
     n = 1 << 16
     for lower, step in [(1.0, digit), (-2.0, -2 * digit), (0.0, tiny), (3 * tiny, tiny)]:
         for part in (0.25, 0.5, 0.9):
             stored = np.zeros(n, dtype)
             values = np.full(n, lower + part * step, np.float32)
-            reference.part(values, stored, "stochastic", None, np.arange(n, dtype=np.uint32) << 16)
+            storage.part(values, stored, "stochastic", None, np.arange(n, dtype=np.uint32) << 16)
             up = stored == dtype.type(lower + step)
             assert (up | (stored == dtype.type(lower))).all()
             assert abs(up.mean() - part) <= 2**-12
     special = np.array([np.inf, -np.inf, np.nan, 3.4e38, 65504, 65519, 65520], np.float32)
     stored = np.zeros(special.shape, dtype)
-    reference.part(special, stored, "stochastic", None, np.zeros(special.shape, np.uint32))
+    storage.part(special, stored, "stochastic", None, np.zeros(special.shape, np.uint32))
     assert np.isinf(stored[:2].astype(np.float32)).all()
     assert np.isnan(stored[2].astype(np.float32))
     if dtype == FLOAT16:

@@ -73,14 +73,14 @@ def test_without_the_extension():
 
 
 def test_clip_functions_are_their_references(monkeypatch, rng):
-    from fusedstep import _backends, clipping
+    from fusedstep import _extension, clipping
 
     arrays = [rng.standard_normal(n).astype(dtype) for n, dtype in [(5, np.float32), (2000, np.float64), (70, np.float16)]]
     for clip, limit in [(clipping.clip_by_global_norm, 1.0), (clipping.clip_by_norm, 0.5), (clipping.clip_by_value, 0.1)]:
         found, wanted = [a.copy() for a in arrays], [a.copy() for a in arrays]
         result = clip(found, limit)
         with monkeypatch.context() as patch:
-            patch.setattr(_backends, "core", None)
+            patch.setattr(_extension, "core", None)
             assert clip(wanted, limit) == result
         for a, b in zip(found, wanted):
             np.testing.assert_array_equal(a, b)

@@ -5,7 +5,8 @@ import pytest
 from conftest import SETTINGS, setting_id
 
 import fusedstep as fs
-from fusedstep import _arrays, reference
+from fusedstep import _arrays
+from fusedstep.reference import storage
 
 INT8, UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
 codes = pytest.mark.parametrize("dtype", [INT8, UINT8], ids=str)
@@ -21,8 +22,8 @@ def spread(n, seed=0, decades=8):
 def stored(values, dtype, random=NEAREST):
     """What comes back of flat float32 values."""
     state, scales = np.zeros(values.size, dtype), np.zeros(-(-values.size // 256), np.float32)
-    reference.store_small(values, state, scales, np.broadcast_to(np.uint32(random), values.shape).copy())
-    return reference.load_small(state, scales)
+    storage.store_small(values, state, scales, np.broadcast_to(np.uint32(random), values.shape).copy())
+    return storage.load_small(state, scales)
 
 
 def neighbours(values):
@@ -47,10 +48,10 @@ def test_nearest_code(dtype):
 def test_every_code_is_a_fixed_point(dtype):
     all_codes = np.arange(256, dtype=np.uint8).view(dtype)
     scales = np.array([2.0**-7], np.float32)
-    values = reference.load_small(all_codes, scales)
+    values = storage.load_small(all_codes, scales)
     again, new_scales = np.zeros_like(all_codes), np.zeros_like(scales)
     for random in (0, NEAREST, 0xFFFFFFFF):
-        reference.store_small(values, again, new_scales, np.full(256, random, np.uint32))
+        storage.store_small(values, again, new_scales, np.full(256, random, np.uint32))
         wanted = all_codes.copy()
         if dtype == UINT8:
             wanted[0] = 1  # beside what is not 0 nothing is
@@ -88,9 +89,9 @@ def test_a_divisor_does_not_become_0():
 
 def test_random_bits_are_what_they_were():
     # Checkpoints go on with them: they must never change.
-    found = reference.random_fractions(seed=1, step=2, array=3, state=0, size=2000)
+    found = storage.random_fractions(seed=1, step=2, array=3, state=0, size=2000)
     assert [int(x) for x in found[[0, 1, 1023, 1024, 1999]]] == RANDOM
-    assert (reference.random_fractions(1, 2, 3, 1, 2000) != found).mean() > 0.99
+    assert (storage.random_fractions(1, 2, 3, 1, 2000) != found).mean() > 0.99
 
 
 RANDOM = [1902510080, 4041998336, 4079026176, 17039360, 3727949824]
@@ -99,7 +100,7 @@ RANDOM = [1902510080, 4041998336, 4079026176, 17039360, 3727949824]
 def test_random_bits_are_uniform_and_independent():
     size = 1 << 18
     draws = [
-        reference.random_fractions(*key, size)
+        storage.random_fractions(*key, size)
         for key in [(0, 1, 0, 0), (0, 1, 0, 1), (0, 1, 0, 2), (0, 2, 0, 0), (1, 1, 0, 0), (0, 1, 1, 0)]
     ]
     for i, draw in enumerate(draws):
@@ -118,11 +119,11 @@ def test_rounding_has_no_bias(state_dtype):
 
     def rounded(random):
         state = np.zeros(512, dtype)
-        reference.store_small(values, state, scales, random)
-        return reference.load_small(state, scales).astype(np.float64)
+        storage.store_small(values, state, scales, random)
+        return storage.load_small(state, scales).astype(np.float64)
 
     below, above = (rounded(np.full(512, random, np.uint32)) for random in (0, 0xFFFFFFFF))
-    mean = sum(rounded(reference.random_fractions(0, step, 0, 0, 512)) for step in range(n)) / n
+    mean = sum(rounded(storage.random_fractions(0, step, 0, 0, 512)) for step in range(n)) / n
     error, variance = mean - values, np.abs((values - below) * (above - values)) / n
     inner = below != above  # not beyond the last code
     assert inner.sum() > 400
@@ -208,7 +209,7 @@ def test_state_is_loaded_into_other_types_and_orders(there, here, order):
     def values(optimizer, param, key):
         own = optimizer.state["w"]
         real, axes = np.dtype(np.float32), _arrays.memory_axes(param)
-        return reference.load_state(own[key], own.get(f"{key}_scale"), axes, real).astype(np.float64)
+        return storage.load_state(own[key], own.get(f"{key}_scale"), axes, real).astype(np.float64)
 
     for key in ("exp_avg", "exp_avg_sq"):
         exact, found = values(opt, w, key), values(other, v, key)
@@ -244,7 +245,7 @@ def test_bytes_of_state():
 def test_initial_value():
     opt = fs.Adagrad(np.zeros(1000, np.float32), state_dtype="int8", initial_accumulator_value=0.1)
     own = opt.state["0"]
-    np.testing.assert_allclose(reference.load_small(own["sum"], own["sum_scale"]), 0.1, rtol=1 / 16)
+    np.testing.assert_allclose(storage.load_small(own["sum"], own["sum_scale"]), 0.1, rtol=1 / 16)
 
 
 def test_what_is_subtracted_stays_exact():
@@ -261,7 +262,7 @@ def test_state_changes_its_type_with_the_rule(backend):
     opt.step(spread(1000, decades=0))
     before = opt.state["0"]["square_avg"].copy(), opt.state["0"]["square_avg_scale"].copy()
     opt.param_groups[0]["centered"] = True
-    values = reference.load_small(*before).astype(np.float64)
+    values = storage.load_small(*before).astype(np.float64)
     opt.step(np.zeros(1000))
     np.testing.assert_array_equal(opt.state["0"]["square_avg"], 0.99 * values + (1 - 0.99) * 0.0)
     opt.param_groups[0]["centered"] = False

@@ -72,7 +72,7 @@ def test_state_moves_between_orders():
 
 def decoded(opt, axes):
     own = opt.state["w"]
-    return fs.reference.load_state(own["momentum_buffer"], own["momentum_buffer_scale"], axes, np.dtype(np.float64))
+    return fs.reference.storage.load_state(own["momentum_buffer"], own["momentum_buffer_scale"], axes, np.dtype(np.float64))
 
 
 @backends

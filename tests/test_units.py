@@ -9,7 +9,7 @@ from conftest import STORAGE_SETTINGS, assert_same_bits, run, setting_id, snapsh
 from test_bits import LAYOUTS, laid_out
 
 import fusedstep as fs
-from fusedstep import reference
+from fusedstep.reference import stages, storage
 
 BACKENDS = ["c", "reference"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -302,10 +302,10 @@ def test_adaptive_grad_clip(dtype, layout):
         norm = fs.adaptive_grad_clip([own], [w], 0.05, **options)
         assert norm == fs.global_norm(g)
         np.testing.assert_array_equal(w, before)
-        wanted = np.zeros(shape, reference.compute_dtype(w.dtype))
-        axes = reference.axes_of_units(shape, options.get("unit_axes"), options.get("convention", "torch"))
+        wanted = np.zeros(shape, storage.compute_dtype(w.dtype))
+        axes = stages.axes_of_units(shape, options.get("unit_axes"), options.get("convention", "torch"))
         flat = [a.astype(wanted.dtype).reshape(-1) for a in (w, g)]
-        wanted = (flat[1] * reference.adaptive_factors(*flat, 0.05, 1.0, shape, axes)).reshape(shape).astype(dtype)
+        wanted = (flat[1] * stages.adaptive_factors(*flat, 0.05, 1.0, shape, axes)).reshape(shape).astype(dtype)
         assert_same_bits([own], [wanted])
         assert room.tobytes() == laid_out(wanted, layout)[1].tobytes()
 

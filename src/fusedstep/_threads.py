@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import _backends, _hyper
+from . import _extension, _hyper
 
 
 def get_num_threads() -> int:
@@ -25,7 +25,7 @@ def get_num_threads() -> int:
     ...     fs.get_num_threads()
     1
     """
-    return 1 if _backends.core is None else int(_backends.core.get_num_threads())
+    return 1 if _extension.core is None else int(_extension.core.get_num_threads())
 
 
 def set_num_threads(n: int | None) -> None:
@@ -40,8 +40,8 @@ def set_num_threads(n: int | None) -> None:
     global _chosen
     if n is not None:
         _hyper.check_num_threads(n, "n")
-    if _backends.core is not None:
-        _backends.core.set_num_threads(n or 0)
+    if _extension.core is not None:
+        _extension.core.set_num_threads(n or 0)
     _chosen = n
 
 
@@ -79,8 +79,8 @@ def cgroup_cpus() -> int | None:
 
 def _start() -> None:
     """Take over the environment's wishes, once, at import."""
-    if _backends.core is not None:
-        _backends.core.limit_num_threads(cgroup_cpus() or 0)
+    if _extension.core is not None:
+        _extension.core.limit_num_threads(cgroup_cpus() or 0)
     wanted = os.environ.get("FUSEDSTEP_NUM_THREADS")
     if wanted is not None:
         if not wanted.isdecimal() or int(wanted) < 1:
@@ -88,14 +88,14 @@ def _start() -> None:
         _hyper.check_num_threads(int(wanted), "FUSEDSTEP_NUM_THREADS")
         set_num_threads(int(wanted))
     level = os.environ.get("FUSEDSTEP_CPU_LEVEL")
-    if level is not None and _backends.core is not None:
-        levels = _backends.core.levels()
+    if level is not None and _extension.core is not None:
+        levels = _extension.core.levels()
         usable = [name for name, _, available in levels if available]
         if level not in [name for name, _, _ in levels]:
             raise ValueError(f"FUSEDSTEP_CPU_LEVEL: expected {', '.join(name for name, _, _ in levels)}, got {level!r}")
         if level not in usable:
             raise ValueError(f"FUSEDSTEP_CPU_LEVEL: expected a level of this machine ({', '.join(usable)}), got {level!r}")
-        _backends.core.set_level(level)
+        _extension.core.set_level(level)
 
 
 _start()

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _backends, database
+from . import _extension, database
 from .config import show_config
 from .progress import progress
+from .reference.plan import ReferencePlan
 from .state import Operands
 
 Array = NDArray[Any]
@@ -105,13 +106,13 @@ class Case:
 
 def check_norms(shape: list[int]) -> tuple[int, int]:
     """Norms of extreme gradients, by both ways."""
-    core = _backends.require_core()
+    core = _extension.require_core()
     rng = np.random.default_rng(1)
     compared = different = 0
     for dtype, scale in [(np.float32, 1e30), (np.float64, 1e300), (np.float64, 1e-300), (np.float64, 0), (np.float16, 1)]:
         grads = [lay_out((rng.standard_normal(n) * scale).astype(dtype), layout) for layout, n in enumerate(shape)]
         norms = []
-        for make in (core.Plan, _backends.ReferencePlan):
+        for make in (core.Plan, ReferencePlan):
             plan = make(grads, [Operands()] * len(grads), [0] * len(grads), [None])
             plan.bind(grads)
             plan.set_group(0, {})
@@ -134,7 +135,7 @@ def combinations(thorough: bool) -> list[tuple[database.Entry, dict[str, Any], t
 
 def main(thorough: bool = False) -> int:
     """Compare everything; the exit status."""
-    core = _backends.require_core()
+    core = _extension.require_core()
     show_config()
     print()
     start = time.perf_counter()

@@ -7,8 +7,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from . import _arrays, _backends, _hyper, reference
+from . import _arrays, _extension, _hyper
 from .errors import NonFiniteGradientError
+from .reference import stages, storage
+from .reference.plan import ReferencePlan
 from .state import Operands
 
 Array = NDArray[Any]
@@ -35,7 +37,7 @@ class Gradients:
         if writeable:
             _arrays.check_overlaps(zip(labels, arrays))
         beside = arrays if params is None else self.beside(structure.leaves, list(zip(labels, arrays)))
-        make = _backends.ReferencePlan if _backends.core is None else _backends.core.Plan
+        make = ReferencePlan if _extension.core is None else _extension.core.Plan
         operands = [Operands(unit_axes=unit_axes(array.shape, name)) for name, array in zip(self.names, arrays)]
         self.plan: Any = make(beside, operands, [0] * len(arrays), [None])
         self.plan.bind(arrays)
@@ -48,8 +50,8 @@ class Gradients:
         for param, (label, grad) in zip(params, grads):
             if grad.shape != param.shape:
                 raise ValueError(f"{label}: expected shape {param.shape}, got {grad.shape}")
-            real = reference.compute_dtype(param.dtype)
-            if reference.compute_dtype(grad.dtype) != real:
+            real = storage.compute_dtype(param.dtype)
+            if storage.compute_dtype(grad.dtype) != real:
                 raise TypeError(f"{label}: expected a dtype computed in {real} as its parameter's, got {grad.dtype}")
         _arrays.check_overlaps(grads, zip(labels, params))
         return params
@@ -210,7 +212,7 @@ def adaptive_grad_clip(
     _hyper.choice("convention", convention)
 
     def of_array(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
-        return reference.axes_of_units(shape, axes, convention, name=name)
+        return stages.axes_of_units(shape, axes, convention, name=name)
 
     return float(Gradients(grads, writeable=True, params=params, unit_axes=of_array, clip_adaptive=clipping).clip())
 

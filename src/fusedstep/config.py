@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from . import _backends
+from . import _extension
 from ._threads import cgroup_cpus, get_num_threads
 from ._version import __version__
 
 
 def config() -> dict[str, Any]:
     """Versions, build and machine, as ``fusedstep info`` shows them."""
-    core = _backends.core
+    core = _extension.core
     facts: dict[str, Any] = {
         "fusedstep": __version__,
         "python": sys.version.split()[0],
@@ -23,7 +23,7 @@ def config() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
     }
     if core is None:
-        return facts | {"compiled kernels": f"none ({_backends.core_error})", "threads": 1}
+        return facts | {"compiled kernels": f"none ({_extension.core_error})", "threads": 1}
     levels = core.levels()
     return facts | {
         "compiler": core.COMPILER,

@@ -30,8 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from . import _arrays, _backends, _hyper, reference, rules
+from . import _arrays, _extension, _hyper, rules
 from .optimizer import Optimizer
+from .reference import stages, storage
+from .reference.plan import keywords
 from .state import NUMBER, Operands, has_units, must_be_packed, shape_of
 
 MAX_STEP = 2**53  # what a double counts to
@@ -103,7 +105,7 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         arrays = tuple(_arrays.as_writeable(given[name], name) for name in states)
         if grad.shape != param.shape:
             raise ValueError(f"grad: expected shape {param.shape}, got {grad.shape}")
-        real = reference.compute_dtype(param.dtype)
+        real = storage.compute_dtype(param.dtype)
         for name, array in zip(states, arrays):
             if name in optimizer._numbers:
                 _arrays.check_state(array, NUMBER.shape, NUMBER.dtype, name)
@@ -118,12 +120,12 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
             _arrays.check_overlaps(written, [("grad", grad)])
 
         n = len(states) - len(optimizer._numbers)
-        unit_axes = reference.axes_of_units(param.shape, values["unit_axes"]) if has_units(values) else None
+        unit_axes = stages.axes_of_units(param.shape, values["unit_axes"]) if has_units(values) else None
         operands = Operands(arrays[:n], unit_axes=unit_axes, numbers=arrays[n:])
         if optimizer._direction is not None:
-            hyper = {name: value for name, value in values.items() if name in _backends.keywords(optimizer._direction)}
+            hyper = {name: value for name, value in values.items() if name in keywords(optimizer._direction)}
             operands = operands.and_state(optimizer._direction(param, grad, *arrays, step=step, **hyper))
-        plan = _backends.require_core().Plan([param], [operands], [0], [optimizer._kernel_name(states[:n], values)])
+        plan = _extension.require_core().Plan([param], [operands], [0], [optimizer._kernel_name(states[:n], values)])
         plan.steps = step - 1
         plan.bind([grad])
         plan.set_group(0, values)

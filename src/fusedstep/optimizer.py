@@ -14,11 +14,13 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _arrays, _backends, _hyper, reference, saving, state
+from . import _arrays, _extension, _hyper, reference, saving, state
 from ._arrays import Change, assign, assignment
 from ._hyper import Hyper
 from .errors import NonFiniteGradientError
 from .groups import Groups, is_groups
+from .reference import stages, storage
+from .reference.plan import ReferencePlan, Rule, keywords, loaded
 from .state import AVERAGE, RESIDUALS, Kernel, Need, Operands
 from .telemetry import Stats
 
@@ -240,7 +242,7 @@ class Optimizer:
     def _kernel_at(self, place: int, part: Part) -> Kernel:
         """The same for this place in the plan: that of last time, unless something that decides on it has changed."""
         kernel, decisive = self._kernel_by.get(place, (None, {}))
-        if kernel is None or not decisive.items() <= part.hyper.items():
+        if kernel is None or kernel.rule is not part.rule or not decisive.items() <= part.hyper.items():
             hyper = Noting(part.hyper)
             kernel = self._kernel(Part(part.rule, hyper))
             self._kernel_by[place] = kernel, hyper.noted
@@ -301,7 +303,7 @@ class Optimizer:
         if self._allocate_state is not None and not callable(self._allocate_state):
             raise TypeError(f"allocate_state: expected a callable or None, got {self._allocate_state!r}")
         if self.backend == "c":
-            _backends.require_core()
+            _extension.require_core()
 
         self.param_groups: list[dict[str, Any]] = []
         self._structures: list[_arrays.Structure] = []
@@ -332,7 +334,7 @@ class Optimizer:
         _hyper.resolve("clip_norm", self.clip_norm, 0, "clip_norm")
 
         self.state: Mapping[str, Mapping[str, Array]] = {name: {} for name in self._names}
-        self._lock = _backends.make_lock()
+        self._lock = _extension.make_lock()
         # By group: its hyper-parameters as given, and checked, and which of them to look at anew for each step.
         self._resolved: dict[int, tuple[list[Any], dict[str, Any], list[str]]] = {}
         self._in_plan: list[dict[str, Any]] = []  # those the plan has
@@ -485,15 +487,13 @@ class Optimizer:
         if self.backend == "c":
             for i, (param, part) in enumerate(zip(self._params, part_of)):
                 if kernels[part].rule._direction is not None:
-                    direction = np.empty(param.shape, reference.compute_dtype(param.dtype))
+                    direction = np.empty(param.shape, storage.compute_dtype(param.dtype))
                     operands[i] = operands[i].and_state(direction)
             rules: list[Any] = [kernel.name for kernel in kernels]
-            plan = _backends.core.Plan(self._params, operands, part_of, rules, seed, self.stats)
+            plan = _extension.core.Plan(self._params, operands, part_of, rules, seed, self.stats)
         else:
-            rules = [
-                _backends.Rule(kernel.rule._rule, kernel.states + kernel.numbers, kernel.rule._of_all) for kernel in kernels
-            ]
-            plan = _backends.ReferencePlan(self._params, operands, part_of, rules, seed, self.stats, self._in_c_order)
+            rules = [Rule(kernel.rule._rule, kernel.states + kernel.numbers, kernel.rule._of_all) for kernel in kernels]
+            plan = ReferencePlan(self._params, operands, part_of, rules, seed, self.stats, self._in_c_order)
         plan.steps = steps
         if self._plan is not None and self._plan.grads is not None:
             plan.bind(self._plan.grads)
@@ -504,7 +504,7 @@ class Optimizer:
         if not kernel.has_units:
             return None
         label = f"param_groups[{group}].unit_axes" if self._is_grouped else "unit_axes"
-        return reference.axes_of_units(param.shape, kernel.unit_axes, self.convention, label, name)
+        return stages.axes_of_units(param.shape, kernel.unit_axes, self.convention, label, name)
 
     def _adoption(
         self, plan: Any, kernels: list[Kernel], part_of: list[int], owned: dict[str, dict[str, Array]]
@@ -622,8 +622,8 @@ class Optimizer:
             if rule._direction is None:
                 continue
             operands = self._plan.operands[i]
-            exact, (*states, _) = _backends.loaded(param, operands, self._axes(param))
-            own = {key: value for key, value in hyper.items() if key in _backends.keywords(rule._direction)}
+            exact, (*states, _) = loaded(param, operands, self._axes(param))
+            own = {key: value for key, value in hyper.items() if key in keywords(rule._direction)}
             own |= {"grad_scale": grad_scale, "zero_nonfinite": self.nonfinite == "zero"}
             own |= {"clip_factor": self._plan.clip_factor(i), "unit_axes": operands.unit_axes}
             own["step"] = self._plan.steps + 1
@@ -679,14 +679,14 @@ class Optimizer:
     def _make_sums(self) -> Any:
         dtype = self.accumulate_dtype
         sums = _arrays.zeros_together(
-            (param, _arrays.memory_axes(param), np.dtype(dtype or reference.compute_dtype(param.dtype)))
+            (param, _arrays.memory_axes(param), np.dtype(dtype or storage.compute_dtype(param.dtype)))
             for param in self._params
         )
         operands = [Operands(low_precision="stochastic" if dtype == "bfloat16" else "nearest")] * len(sums)
         if self.backend == "c":
-            plan = _backends.core.Plan(sums, operands, [0] * len(sums), ["sgd"])
+            plan = _extension.core.Plan(sums, operands, [0] * len(sums), ["sgd"])
         else:
-            plan = _backends.ReferencePlan(sums, operands, [0] * len(sums), [_backends.Rule(reference.sgd, ())])
+            plan = ReferencePlan(sums, operands, [0] * len(sums), [Rule(reference.sgd, ())])
         plan.set_group(0, {"lr": -1.0, "momentum": 0.0, "dampening": 0.0})  # p - -1 * g
         return plan
 

@@ -660,7 +660,7 @@ class Muon(Optimizer):
     """
 
     _rule = staticmethod(reference.muon)
-    _direction = staticmethod(reference.muon_direction)
+    _direction = staticmethod(reference.rules.muon_direction)
     _has_others = True
     _conventions: ClassVar[dict[str, dict[str, Any]]] = {
         "torch": {},
@@ -1958,7 +1958,7 @@ class Prodigy(Optimizer):
     """
 
     _rule = staticmethod(reference.prodigy)
-    _of_all = staticmethod(reference.prodigy_of_all)
+    _of_all = staticmethod(reference.rules.prodigy_of_all)
     _numbers = ("d", "d_numerator")
     _non_negative_states = ("exp_avg_sq",)
     _is_scaled = True

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _arrays, reference
+from . import _arrays
+from .reference import storage
 
 Array = NDArray[Any]
 State = Mapping[str, Mapping[str, Array]]
@@ -106,7 +107,7 @@ def is_low_precision(param: Array) -> bool:
 
 def specs_of(kernel: Kernel, param: Array, axes: list[int]) -> dict[str, Spec]:
     """The state arrays of a parameter by name."""
-    types = {"compute": reference.compute_dtype(param.dtype), "param": param.dtype}
+    types = {"compute": storage.compute_dtype(param.dtype), "param": param.dtype}
     specs: dict[str, Spec] = {}
     for name, type, fill in kernel.needs:
         if name in RESIDUAL_NAMES and not is_low_precision(param):
@@ -118,8 +119,8 @@ def specs_of(kernel: Kernel, param: Array, axes: list[int]) -> dict[str, Spec]:
         specs[name] = Spec(param, axes, dtype, param if fill is None else fill)
         if name in FACTORS:
             specs[name] = Spec(np.empty(shape_of(name, param.shape), dtype), list(range(param.ndim)), dtype, 0.0)
-        if dtype in reference.LEAST:
-            specs[name + SCALE] = Spec(np.empty(-(-param.size // reference.SCALED), np.float32), [0], FLOAT32, 0.0)
+        if dtype in storage.LEAST:
+            specs[name + SCALE] = Spec(np.empty(-(-param.size // storage.SCALED), np.float32), [0], FLOAT32, 0.0)
     return specs
 
 
@@ -153,7 +154,7 @@ def exact(param: Array, own: Mapping[str, Array], low_precision: str) -> Array:
     residual = RESIDUALS[low_precision]
     if not is_low_precision(param):
         return param
-    return reference.join(param, low_precision, own.get(residual.name) if residual is not None else None)
+    return storage.join(param, low_precision, own.get(residual.name) if residual is not None else None)
 
 
 def labels(state: State) -> list[tuple[str, Array]]:
@@ -186,8 +187,8 @@ def completed(specs: dict[str, dict[str, Spec]], state: State, allocate: Allocat
             as_wanted = converted(key, state[name], axes, specs[name], f"state[{name!r}][{key!r}]")
             for k, array in as_wanted.items():
                 result[name][k][...] = array
-        elif dtype in reference.LEAST and np.any(fill):
-            reference.store_state(np.full_like(param, fill, FLOAT32), result[name][key], result[name][key + SCALE], axes)
+        elif dtype in storage.LEAST and np.any(fill):
+            storage.store_state(np.full_like(param, fill, FLOAT32), result[name][key], result[name][key + SCALE], axes)
         elif np.any(fill):
             result[name][key][...] = fill
     return result
@@ -220,7 +221,7 @@ def check_packed(array: Array, axes: list[int], label: str) -> None:
 def must_be_packed(name: str, dtype: np.dtype[Any]) -> bool:
     """Whether a state array has to lie in an order of its axes, most often that of its parameter in memory, without gaps."""
     key = name.rsplit(".", 1)[-1]
-    return key in PACKED or key.endswith(SCALE) or reference.is_small(dtype)
+    return key in PACKED or key.endswith(SCALE) or storage.is_small(dtype)
 
 
 # ---- Loaded arrays ------------------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def loaded(given: Iterable[tuple[str, Any]], specs: dict[str, Spec], axes: list[
     """A parameter's state arrays from elsewhere, where they lay in an order of its axes, checked and in the types wanted."""
     own = {key: _arrays.as_array(array, f"{label}[{key!r}]") for key, array in given}
     wanted = {key for key in specs if not key.endswith(SCALE)}
-    scales = {key + SCALE for key in wanted if key in own and own[key].dtype in reference.LEAST}
+    scales = {key + SCALE for key in wanted if key in own and own[key].dtype in storage.LEAST}
     if set(own) != wanted | scales:
         raise ValueError(f"{label}: expected {sorted(wanted | scales)}, got {sorted(own)}")
     result: dict[str, Array] = {}
@@ -242,17 +243,17 @@ def loaded(given: Iterable[tuple[str, Any]], specs: dict[str, Spec], axes: list[
 def converted(key: str, own: Mapping[str, Array], axes: list[int], specs: dict[str, Spec], label: str) -> dict[str, Array]:
     """A state, and its scales if it is of 8 bits, as a parameter wants it; from another type to the nearest."""
     array, scales, (param, wanted_axes, wanted, _) = own[key], own.get(key + SCALE), specs[key]
-    real = reference.compute_dtype(param.dtype)
-    from_float = array.dtype == real or reference.is_small(array.dtype)
-    to_float = wanted == real or reference.is_small(wanted)
+    real = storage.compute_dtype(param.dtype)
+    from_float = array.dtype == real or storage.is_small(array.dtype)
+    to_float = wanted == real or storage.is_small(wanted)
     _arrays.check_state(array, param.shape, array.dtype if from_float and to_float else wanted, label)
     if scales is not None:
-        _arrays.check_state(scales, (-(-param.size // reference.SCALED),), FLOAT32, label + SCALE)
+        _arrays.check_state(scales, (-(-param.size // storage.SCALED),), FLOAT32, label + SCALE)
     if array.dtype == wanted and (scales is None or axes == wanted_axes):
         return {key: array} if scales is None else {key: array, key + SCALE: scales}
-    exact = reference.load_state(array, scales, axes, real)
-    if wanted not in reference.LEAST:
+    exact = storage.load_state(array, scales, axes, real)
+    if wanted not in storage.LEAST:
         return {key: exact.astype(wanted)}
     codes, new_scales = np.empty(param.shape, wanted), np.empty(specs[key + SCALE].like.shape, np.float32)
-    reference.store_state(exact, codes, new_scales, wanted_axes)
+    storage.store_state(exact, codes, new_scales, wanted_axes)
     return {key: codes, key + SCALE: new_scales}

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _backends, _hyper, reference, state
+from . import _extension, _hyper, state
 from ._arrays import Change, assign
 from .clipping import global_norm
 from .optimizer import Optimizer, StepReport
+from .reference import stages, storage
 
 Array = NDArray[Any]
 
@@ -120,7 +121,7 @@ class Lookahead(Wrapper):
         self.opt: Optimizer = opt
         self.k, self.alpha = k, alpha
         self._exchange_at: int | None = None  # the number of steps after which slow weights become the parameters
-        self._lock = _backends.make_lock()
+        self._lock = _extension.make_lock()
         decay = SlowDecay(k, alpha)
         with opt._lock:
             groups = [{**group, "ema_decay": decay} for group in opt.param_groups]
@@ -156,7 +157,7 @@ class Lookahead(Wrapper):
                     changes.append((param, ..., slow))
                     continue
                 rounded, rest = param.copy(), None if residual is None else residual.copy()
-                reference.part(slow, rounded, own.low_precision, rest, None)
+                storage.part(slow, rounded, own.low_precision, rest, None)
                 changes += [(param, ..., rounded), *([] if residual is None else [(residual, ..., rest)])]
             assign(changes)
 
@@ -252,7 +253,7 @@ class SAM(Wrapper):
         """The parameters with their values nearby; None if the optimizer would not go there, for inf or nan."""
         zero = opt.nonfinite == "zero"
         gradients = [
-            reference.load_gradient(grad, reference.compute_dtype(param.dtype), zero_nonfinite=zero).reshape(param.shape)
+            stages.load_gradient(grad, storage.compute_dtype(param.dtype), zero_nonfinite=zero).reshape(param.shape)
             for grad, param in zip(opt._as_gradients(opt._collected(grads)), opt._params)
         ]
         if opt.nonfinite in ("raise", "skip") and not all(np.isfinite(g).all() for g in gradients):

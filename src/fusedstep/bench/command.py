@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .. import _backends, _hyper
+from .. import _extension, _hyper
 from ..arguments import CommandError, check_cpus, checked, output, picture
 from ..config import show_config
 from ..progress import progress
@@ -51,7 +51,7 @@ def chosen_peers(args: argparse.Namespace) -> list[Peer]:
 
 
 def main(args: argparse.Namespace) -> int:
-    _backends.require_core()
+    _extension.require_core()
     peers = chosen_peers(args)
     seconds = args.seconds or (2.0 if args.quick else 5.0)
     show_config()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _backends, _threads, database
+from .. import _extension, _threads, database
 from ..state import Operands
 from .works import Work
 
@@ -53,7 +53,7 @@ def roofline(work: Work, params: list[Array], grads: list[Array]) -> Way | None:
     if work.clip_norm is not None:
         return None
     states = [Operands(tuple(np.zeros_like(param) for _ in range(work.n_states))) for param in params]
-    plan = _backends.require_core().Plan(params, states, [0] * len(params), [f"roofline{work.n_states}"])
+    plan = _extension.require_core().Plan(params, states, [0] * len(params), [f"roofline{work.n_states}"])
     plan.bind(grads)
     plan.set_group(0, {"lr": 0.0})
     plan.measure(nonfinite="propagate")

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _arrays, _hyper, reference
+from .. import _arrays, _hyper
 from ..optimizer import Optimizer, Part
+from ..reference import storage
 from ..state import AVERAGE, FACTORS, NUMBER, RESIDUAL_NAMES, SCALE, shape_of
 
 Array = NDArray[Any]
@@ -70,7 +71,7 @@ def parts_of(opt: Optimizer, resolved: list[dict[str, Any]]) -> dict[str, Part]:
 def initial_states(part: Part, param: Array) -> dict[str, Array]:
     """What the rule's states and numbers of a parameter hold before the first step."""
     rule, hyper = part
-    dtype = reference.compute_dtype(param.dtype)
+    dtype = storage.compute_dtype(param.dtype)
     states = {name: (shape_of(name, param.shape), rule._initial_state(name, hyper)) for name in rule._states(hyper)}
     arrays = {name: np.full(shape, param if fill is None else fill, dtype) for name, (shape, fill) in states.items()}
     return arrays | {name: np.full_like(NUMBER, rule._initial_state(name, hyper)) for name in rule._numbers}
@@ -84,9 +85,9 @@ def exported(opt: Optimizer) -> tuple[int, list[dict[str, Any]], Arrays]:
     states: Arrays = {}
     for group in opt.param_groups:
         for name in group["names"]:
-            own, axes, dtype = saved["state"][name], saved["memory_axes"][name], reference.compute_dtype(params[name].dtype)
+            own, axes, dtype = saved["state"][name], saved["memory_axes"][name], storage.compute_dtype(params[name].dtype)
             keys = [key for key in own if key not in OWN and not key.endswith(SCALE)]
-            exact = {key: reference.load_state(own[key], own.get(key + SCALE), axes, dtype) for key in keys}
+            exact = {key: storage.load_state(own[key], own.get(key + SCALE), axes, dtype) for key in keys}
             states[name] = {key: as_there(opt, key, array) for key, array in exact.items()}
     return saved["step"], resolved, states
 
@@ -98,7 +99,7 @@ def as_state(opt: Optimizer, key: str, value: Any, name: str, param: Array | Non
         if str(value.dtype) == "torch.bfloat16":  # unknown to NumPy
             value = value.float()
     array = np.asarray(value) if hasattr(value, "__array__") else _arrays.as_array(value, f"{key} of params[{name!r}]")
-    dtype = array.dtype if param is None else reference.compute_dtype(param.dtype)
+    dtype = array.dtype if param is None else storage.compute_dtype(param.dtype)
     if key in opt._numbers:
         dtype = NUMBER.dtype
     if key in FACTORS and opt.convention != "torch":

@@ -172,7 +172,7 @@ def to_keras(opt: Optimizer, keras_optimizer: Any, *, names: Sequence[str] | Non
         keras_optimizer.learning_rate = rates[0]
     if hasattr(keras_optimizer, "_u_product"):  # of Nadam
         beta1, _ = hypers[0]["betas"]
-        changes.append((keras_optimizer._u_product, reference.nadam_product(step, beta1, hypers[0]["momentum_decay"])))
+        changes.append((keras_optimizer._u_product, reference.rules.nadam_product(step, beta1, hypers[0]["momentum_decay"])))
     for variable, value in changes:
         variable.assign(value)
 

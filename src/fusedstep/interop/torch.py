@@ -192,7 +192,7 @@ def torch_scalars(opt: Optimizer, step: int, hyper: Mapping[str, Any]) -> dict[s
     if rule in UNCOUNTED:
         return {}
     if rule == "NAdam":
-        return {"step": step, "mu_product": reference.nadam_product(step, hyper["betas"][0], hyper["momentum_decay"])}
+        return {"step": step, "mu_product": reference.rules.nadam_product(step, hyper["betas"][0], hyper["momentum_decay"])}
     if rule == "ASGD":  # of the next step
         eta = hyper["lr"] / (1 + hyper["lambd"] * hyper["lr"] * step) ** hyper["alpha"]
         return {"step": step, "eta": eta, "mu": 1 / max(1, step - hyper["t0"])}

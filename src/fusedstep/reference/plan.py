@@ -1,49 +1,28 @@
-"""The two ways to make a step: the compiled kernels, and the reference."""
+"""Steps of an optimizer by the reference: what `_core.Plan` does with compiled kernels."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import math
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _arrays, reference
-from ._arrays import Change, assign
-from .state import Operands
+from .. import _arrays
+from .._arrays import Change, assign
+from ..state import Operands
+from .stages import Stages, adaptive_factors, clip, load_gradient, move_average
+from .storage import PARAM, compute_dtype, is_small, join, load_state, part, random_fractions, store_state
+from .sums import clip_factor, combine, combine_clipped, ldexp, pairwise_sum, scaled_sum_squares, sum_squares
 
 Array = NDArray[Any]
 
 # Whether the step was applied, norm of the gradients or None, smallest clip factor, and for each array with non-finite
 # gradients its index and the number of such elements.
 Outcome = tuple[bool, Union[float, None], float, list[tuple[int, int]]]
-
-core: Any = None
-core_error: ImportError | None = None
-try:
-    core = importlib.import_module("fusedstep._core")
-except ImportError as error:
-    core_error = error
-
-
-def require_core() -> Any:
-    """The extension module, or an error that says what to do."""
-    if core is None:
-        raise RuntimeError(
-            f"the compiled kernels of fusedstep are not available here ({core_error}); reinstall with a C compiler, or use "
-            'backend="reference"'
-        ) from core_error
-    return core
-
-
-def make_lock() -> Any:
-    """A lock of an optimizer's; that of the extension module raises where waiting would never end."""
-    return threading.Lock() if core is None else core.Lock()
 
 
 class Rule(NamedTuple):
@@ -150,11 +129,11 @@ class ReferencePlan:
         changes: list[Change] = []
         for param, grad, stages, group, own in zip(self.params, self.grads, self.stages, self.groups, self.operands):
             values, factor = self.values[group], stages["clip_factor"]
-            g = reference.load_gradient(grad, reference.compute_dtype(grad.dtype))
+            g = load_gradient(grad, compute_dtype(grad.dtype))
             if values.get("clip_adaptive") is not None:
-                p = reference.load_gradient(param, g.dtype)
-                factor = reference.adaptive_factors(p, g, values["clip_adaptive"], factor, param.shape, own.unit_axes)
-            reference.clip(g, factor, values.get("clip_value"))
+                p = load_gradient(param, g.dtype)
+                factor = adaptive_factors(p, g, values["clip_adaptive"], factor, param.shape, own.unit_axes)
+            clip(g, factor, values.get("clip_value"))
             changes.append((grad, ..., g.reshape(grad.shape).astype(grad.dtype)))
         assign(changes)
 
@@ -170,7 +149,7 @@ class ReferencePlan:
 
                 self._applied(i, note)
         with np.errstate(all="ignore"):
-            return tuple(reference.pairwise_sum(sums).tolist())
+            return tuple(pairwise_sum(sums).tolist())
 
     def _axes(self, i: int) -> list[int]:
         """The order in which small states and residuals of an array lie."""
@@ -192,37 +171,37 @@ class ReferencePlan:
         param, operands = self.params[i], self.operands[i]
         states, scales, average, low_precision, residual, _, numbers = operands
         values = self.values[self.groups[i]]
-        real = reference.compute_dtype(param.dtype)
+        real = compute_dtype(param.dtype)
         axes, step = self._axes(i), self.steps + 1
 
         def random(number: int) -> Array:
-            return reference.random_fractions(self.seed, step, i, number, param.size)
+            return random_fractions(self.seed, step, i, number, param.size)
 
         before, exact, exact_states, new_numbers = self._applied(i, over_all)
         new_param, new_residual = param.copy(), None if residual is None else residual.copy()
-        bits = _arrays.shaped(random(reference.PARAM), param.shape, axes) if low_precision == "stochastic" else None
-        reference.part(exact, new_param, low_precision, new_residual, bits)
+        bits = _arrays.shaped(random(PARAM), param.shape, axes) if low_precision == "stochastic" else None
+        part(exact, new_param, low_precision, new_residual, bits)
         changes: list[Change] = [(param, ..., new_param), *((old, ..., new) for old, new in zip(numbers, new_numbers))]
         if residual is not None:
             changes.append((residual, ..., new_residual))
         for number, (state, own_scales, new) in enumerate(zip(states, scales or (None,) * len(states), exact_states)):
-            if reference.is_small(state.dtype):
+            if is_small(state.dtype):
                 new_state, new_scales = state.copy(), None if own_scales is None else own_scales.copy()
-                reference.store_state(new, new_state, new_scales, axes, random(number))
+                store_state(new, new_state, new_scales, axes, random(number))
                 changes += [(state, ..., new_state), *([] if own_scales is None else [(own_scales, ..., new_scales)])]
             else:
                 changes.append((state, ..., new))
-        after = reference.join(new_param, low_precision, new_residual) if residual is not None else new_param.astype(real)
+        after = join(new_param, low_precision, new_residual) if residual is not None else new_param.astype(real)
         if average is not None and values["ema_decay"] != 1:
             new_average = average.copy()
             is_copy = step == 1 and values["convention"] == "keras"
-            reference.move_average(new_average, after, 0.0 if is_copy else values["ema_decay"])
+            move_average(new_average, after, 0.0 if is_copy else values["ema_decay"])
             changes.append((average, ..., new_average))
         return changes, self._stats(i, before, after) if self.has_stats else None
 
     def _stats(self, i: int, before: Array, after: Array) -> tuple[float, ...]:
         with np.errstate(all="ignore"):
-            norms = [math.sqrt(reference.sum_squares(a.reshape(-1))) for a in (after, after - before)]
+            norms = [math.sqrt(sum_squares(a.reshape(-1))) for a in (after, after - before)]
             n_zero = np.count_nonzero(self.grads[i].astype(before.dtype) == 0)
         return self.norms[i], *norms, self.stages[i]["clip_factor"], n_zero, self.n_nonfinite[i]
 
@@ -236,21 +215,21 @@ class ReferencePlan:
         sums, bad = [], []
         with np.errstate(all="ignore"):
             for i, (param, grad) in enumerate(zip(self.params, self.grads)):
-                g = reference.load_gradient(grad, reference.compute_dtype(param.dtype), grad_scale)
+                g = load_gradient(grad, compute_dtype(param.dtype), grad_scale)
                 n_bad = g.size - int(np.isfinite(g).sum())
                 self.n_nonfinite[i] = n_bad
                 if n_bad:
                     bad.append((i, n_bad))
                     if nonfinite == "zero":
                         g[~np.isfinite(g)] = 0
-                sums.append(reference.scaled_sum_squares(g))
-        self.norms[:] = [reference.ldexp(math.sqrt(total), e) for total, e in sums]
-        root, exponent = reference.combine(sums)
-        grad_norm = reference.ldexp(root, exponent)
-        factors = [reference.clip_factor(math.sqrt(total), e, limit, clip_eps) for (total, e), limit in zip(sums, limits)]
+                sums.append(scaled_sum_squares(g))
+        self.norms[:] = [ldexp(math.sqrt(total), e) for total, e in sums]
+        root, exponent = combine(sums)
+        grad_norm = ldexp(root, exponent)
+        factors = [clip_factor(math.sqrt(total), e, limit, clip_eps) for (total, e), limit in zip(sums, limits)]
         if any(limits):
-            root, exponent = reference.combine_clipped(sums, factors)
-        factor = reference.clip_factor(root, exponent, clip_norm, clip_eps)
+            root, exponent = combine_clipped(sums, factors)
+        factor = clip_factor(root, exponent, clip_norm, clip_eps)
         applied = not bad or nonfinite not in ("raise", "skip")
         return applied, grad_norm, [f * factor for f in factors], bad
 
@@ -258,16 +237,16 @@ class ReferencePlan:
 def loaded(param: Array, operands: Operands, axes: list[int]) -> tuple[Array, list[Array]]:
     """A parameter and its states as their rule sees them: copies in the compute type."""
     states, scales, residual = operands.states, operands.scales, operands.residual
-    real = reference.compute_dtype(param.dtype)
-    exact = reference.join(param, operands.low_precision, residual) if residual is not None else param.astype(real)
+    real = compute_dtype(param.dtype)
+    exact = join(param, operands.low_precision, residual) if residual is not None else param.astype(real)
     pairs = zip(states, scales or (None,) * len(states))
-    return exact, [reference.load_state(*pair, axes, real).copy() for pair in pairs]
+    return exact, [load_state(*pair, axes, real).copy() for pair in pairs]
 
 
 @functools.cache
 def keywords(rule: Callable[..., Any]) -> set[str]:
     """The hyper-parameters and options that a reference function takes."""
-    return {*inspect.signature(rule).parameters, *reference.Stages.__annotations__}
+    return {*inspect.signature(rule).parameters, *Stages.__annotations__}
 
 
 def smallest(factors: list[float]) -> float:
