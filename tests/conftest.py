@@ -117,4 +117,4 @@ def assert_same_bits(found, wanted):
 def snapshot(opt: fs.Optimizer, *arrays: np.ndarray) -> list[bytes]:
     """Everything a step may change."""
     states = [a.tobytes() for own in opt.state.values() for a in own.values()]
-    return [*(a.tobytes() for a in opt._params), *states, str(opt.steps).encode(), *(a.tobytes() for a in arrays)]
+    return [*(a.tobytes() for a in opt._params.arrays), *states, str(opt.steps).encode(), *(a.tobytes() for a in arrays)]

@@ -62,7 +62,7 @@ def test_resume(entry, settings, dtype, tmp_path):
     other = entry.optimizer(others, lr=0.123)
     found = fs.load(tmp_path / "a", other)
     assert found.extra == {"epoch": 3}
-    assert list(found.params) == opt._names
+    assert list(found.params) == opt._params.names
     assert other.steps == opt.steps == 3
     assert (other.clip_norm, other.nonfinite) == (3.0, "skip")
     rng = np.random.default_rng(1)

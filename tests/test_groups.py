@@ -129,7 +129,7 @@ def test_structures(params, names, backend):
     opt.step()
     opt.accumulate(grads)
     opt.step()
-    assert all(array.max() == -3 for array in opt._params)
+    assert all(array.max() == -3 for array in opt._params.arrays)
 
 
 def copied(value):

@@ -461,7 +461,7 @@ def test_torch_before_the_first_step(entry, settings, scalars):
         theirs.step(g)
         back.step(g)
         opt.step(g)
-    for a, b, c in zip(theirs.arrays(), back.arrays(), opt._params):
+    for a, b, c in zip(theirs.arrays(), back.arrays(), opt._params.arrays):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(c, a, rtol=0, atol=TOLERANCE[np.float64] * np.abs(a).max())
 
@@ -491,7 +491,7 @@ def test_averages_of_asgd_go_along(scalars):
     opt.load_state_dict(theirs.hand_over(opt, 2))
     for g in grads[2:4]:
         opt.step(g)
-    last = Torch(opt._params, "ASGD", {})
+    last = Torch(opt._params.arrays, "ASGD", {})
     last.take_over(opt)
     for g in grads[4:6]:
         last.step(g)

@@ -88,7 +88,7 @@ def everything(opt, grads, params_of_edit):
     """All that may change; not the array that `edit` brings, which is all 0 until the step."""
     states = [a for own in opt.state.values() for key, a in own.items() if key != "max_exp_avg_sq" or a.any()]
     groups = [{k: v for k, v in group.items() if k not in ("params", *params_of_edit)} for group in opt.param_groups]
-    return [a.tobytes() for a in (*opt._params, *states, *grads.values())], opt.steps, groups, opt.nonfinite
+    return [a.tobytes() for a in (*opt._params.arrays, *states, *grads.values())], opt.steps, groups, opt.nonfinite
 
 
 def main(backend):

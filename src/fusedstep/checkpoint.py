@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _arrays
+from . import _arrays, trees
 from ._arrays import Change, assign
 from ._version import __version__
 from .optimizer import Optimizer
@@ -178,8 +178,8 @@ def as_optimizer(opt: Any) -> Optimizer:
 
 def named_arrays(params: Any, opt: Optimizer | None) -> list[tuple[str, Array]]:
     if params is None and opt is not None:
-        return list(zip(opt._names, opt._params))
-    structure = _arrays.Structure(params)
+        return opt._params.items()
+    structure = trees.Structure(params)
     arrays = [(name, _arrays.as_array(leaf, f"params[{name!r}]")) for name, leaf in zip(structure.names, structure.leaves)]
     for name, array in arrays:
         _arrays.check_dtype(array, f"params[{name!r}]")

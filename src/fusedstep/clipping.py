@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from . import _arrays, _extension, _hyper
+from . import _arrays, _extension, _hyper, trees
 from .errors import NonFiniteGradientError
 from .reference import stages, storage
 from .reference.plan import ReferencePlan
@@ -28,7 +28,7 @@ class Gradients:
         unit_axes: Callable[[tuple[int, ...], str], tuple[int, ...] | None] = lambda shape, name: None,
         **clipping: float,
     ) -> None:
-        structure = _arrays.Structure(grads if params is None else params)
+        structure = trees.Structure(grads if params is None else params)
         self.names = structure.names
         check = _arrays.as_writeable if writeable else _arrays.as_gradient
         labels = [f"grads[{name!r}]" for name in self.names]

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from . import _arrays, _hyper, schedules
+from . import _arrays, _hyper, schedules, trees
 from ._hyper import Hyper
 
 
 class Groups(tuple[dict[str, Any], ...]):
     """Groups, as optimizers take them, of the arrays of one tree, whose structure gradients are to have."""
 
-    structure: _arrays.Structure
+    structure: trees.Structure
 
-    def __new__(cls, groups: Iterable[dict[str, Any]], structure: _arrays.Structure) -> Groups:
+    def __new__(cls, groups: Iterable[dict[str, Any]], structure: trees.Structure) -> Groups:
         self = super().__new__(cls, groups)
         self.structure = structure
         return self
@@ -87,8 +87,8 @@ def group(
     """
     if is_groups(params):
         raise TypeError("params: expected arrays, or sequences or mappings of them, got groups")
-    structure = _arrays.Structure(params)
-    _arrays.check_names(structure.names)
+    structure = trees.Structure(params)
+    trees.check_names(structure.names)
     patterns = {} if patterns is None else patterns
     check_patterns(patterns, structure.names)
     _hyper.boolean(no_decay_on_1d, "no_decay_on_1d")

@@ -18,7 +18,8 @@ from . import _arrays, _extension, _hyper, reference, saving, state
 from ._arrays import Change, assign, assignment
 from ._hyper import Hyper
 from .errors import NonFiniteGradientError
-from .groups import Groups, is_groups
+from .groups import is_groups
+from .parameters import Parameters
 from .reference import stages, storage
 from .reference.plan import ReferencePlan, Rule, keywords, loaded
 from .state import AVERAGE, RESIDUALS, Kernel, Need, Operands
@@ -305,35 +306,25 @@ class Optimizer:
         if self.backend == "c":
             _extension.require_core()
 
-        self.param_groups: list[dict[str, Any]] = []
-        self._structures: list[_arrays.Structure] = []
-        self._is_grouped = is_groups(params)
         self._group_defaults = {k: v for k, v in defaults.items() if k not in _hyper.GLOBAL_OPTIONS}
         self._group_keys = {"params", "names", *self._group_defaults}
-        for group in list(params) if self._is_grouped else [{"params": params}]:
-            self._add_group(group)
-        groups = enumerate(self.param_groups)
-        members = [(name, array, i) for i, group in groups for name, array in zip(group["names"], group["params"])]
-        # Gradients come as one tree, whose order arrays then have, or as a list with one for each group.
-        self._tree = None if self._is_grouped else self._structures[0]
-        if isinstance(params, Groups):
-            self._tree = params.structure
-            place = {name: i for i, name in enumerate(params.structure.names)}
-            members.sort(key=lambda member: place[member[0]])
-        trees = [structure.spec() for structure in self._structures]
-        self._spec = trees if self._tree is None else self._tree.spec()
-        self._names = [name for name, _, _ in members]
-        self._params = [array for _, array, _ in members]
-        self._group_of = [i for _, _, i in members]
-        self._stats_of = {name: i for i, name in enumerate(self._names)}, [param.size for param in self._params]
-        _arrays.check_names(self._names)
-        _arrays.check_overlaps(self._labelled("params", self._params))
-        for label, array in self._labelled("params", self._params):
+        given = [{k: v for k, v in group.items() if k != "params"} for group in params] if is_groups(params) else [{}]
+        for i, own in enumerate(given):
+            self._refuse_unknown(own, f"param_groups[{i}]")
+        self._params = Parameters(params)
+        self.param_groups: list[dict[str, Any]] = [
+            {"params": arrays.copy(), "names": names.copy(), **self._group_defaults, **own}
+            for (names, arrays), own in zip(self._params.groups, given)
+        ]
+        self._spec = self._params.spec
+        names, arrays = self._params.names, self._params.arrays
+        self._stats_of = {name: i for i, name in enumerate(names)}, [array.size for array in arrays]
+        for label, array in self._params.labelled("params"):
             if self.low_precision == "split" and array.dtype == np.float16:
                 raise TypeError(f'{label}: expected bfloat16 for low_precision="split", which halves a float32, got float16')
         _hyper.resolve("clip_norm", self.clip_norm, 0, "clip_norm")
 
-        self.state: Mapping[str, Mapping[str, Array]] = {name: {} for name in self._names}
+        self.state: Mapping[str, Mapping[str, Array]] = {name: {} for name in names}
         self._lock = _extension.make_lock()
         # By group: its hyper-parameters as given, and checked, and which of them to look at anew for each step.
         self._resolved: dict[int, tuple[list[Any], dict[str, Any], list[str]]] = {}
@@ -346,17 +337,7 @@ class Optimizer:
         self._sums: Any = None  # the plan that adds up gradients, in its params
         self._prepare_plan(self._resolve(self.param_groups, 0), 0)
 
-    def _add_group(self, group: Mapping[str, Any]) -> None:
-        label = f"param_groups[{len(self.param_groups)}]"
-        self._refuse_unknown([key for key in group if key != "params"], label)
-        n_before = sum(len(structure.names) for structure in self._structures)
-        structure = _arrays.Structure(group["params"], first_index=n_before)
-        arrays = [_arrays.as_writeable(leaf, f"params[{name!r}]") for name, leaf in zip(structure.names, structure.leaves)]
-        self._structures.append(structure)
-        own = {key: value for key, value in group.items() if key != "params"}
-        self.param_groups.append({"params": arrays, "names": list(structure.names), **self._group_defaults, **own})
-
-    def _refuse_unknown(self, keys: list[str], label: str) -> None:
+    def _refuse_unknown(self, keys: Iterable[str], label: str) -> None:
         for key in keys:
             if key not in self._group_defaults:
                 raise TypeError(f"{label}: unknown key {key!r}; a group has params, {', '.join(self._group_defaults)}")
@@ -368,16 +349,14 @@ class Optimizer:
         self._refuse_unknown([key for key in group if key not in ("params", "names")], label)
         raise ValueError(f"{label}[{min(self._group_keys - group.keys())!r}]: expected a value, got none")
 
-    def _labelled(self, what: str, arrays: list[Array]) -> list[tuple[str, Array]]:
-        return [(f"{what}[{name!r}]", array) for name, array in zip(self._names, arrays)]
-
     # ---- Hyper-parameters and plan ----
 
     def _resolve(self, groups: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
         """The values of each group's hyper-parameters at this step, checked: those of last time if none has changed."""
-        if len(groups) != len(self._structures):
+        n_groups = len(self._params.groups)
+        if len(groups) != n_groups:
             raise ValueError(
-                f"param_groups: expected {len(self._structures)} as at first, got {len(groups)}: for other parameters make "
+                f"param_groups: expected {n_groups} as at first, got {len(groups)}: for other parameters make "
                 "another optimizer"
             )
         resolved = []
@@ -400,7 +379,7 @@ class Optimizer:
 
     def _with(self, values: dict[str, Any], i: int, group: dict[str, Any], keys: Iterable[str], step: int) -> dict[str, Any]:
         """Hyper-parameters with those of a group at this step for some of them, checked."""
-        label = f"param_groups[{i}]." if self._is_grouped else ""
+        label = f"param_groups[{i}]." if self._params.is_grouped else ""
         now = {key: _hyper.resolve(key, group[key], step, label + key, self._lengths.get(key)) for key in keys}
         values = values | now
         _hyper.check_known(values)
@@ -430,11 +409,11 @@ class Optimizer:
     def _places(self, values: list[dict[str, Any]]) -> list[int]:
         """Of each parameter, the place of its group among those of the plan."""
         if not self._has_others:
-            return self._group_of
+            return self._params.group_of
         decisive, before = ([[hyper[key] for key in self._deciding] for hyper in own] for own in (values, self._in_plan))
         if decisive == before:
             return self._part_of
-        params = zip(self._labelled("params", self._params), self._group_of)
+        params = zip(self._params.labelled("params"), self._params.group_of)
         return [2 * i + (not self._is_own(param, values[i], label)) for (label, param), i in params]
 
     def _prepare_plan(self, values: list[dict[str, Any]], steps: int) -> None:
@@ -464,17 +443,17 @@ class Optimizer:
 
     def _specs(self, kernels: list[Kernel], part_of: list[int]) -> dict[str, dict[str, state.Spec]]:
         """The state arrays of each parameter by name."""
-        owners = zip(self._names, self._params, part_of)
+        owners = zip(self._params.names, self._params.arrays, part_of)
         return {name: state.specs_of(kernels[part], param, self._axes(param)) for name, param, part in owners}
 
     def _completed(self, specs: dict[str, dict[str, state.Spec]]) -> dict[str, dict[str, Array]]:
         """The state arrays that are called for: those there, and new ones for the others."""
         completed = state.completed(specs, self.state, self._allocate_state)
         if self._allocate_state is not None:
-            written = [*self._labelled("params", self._params), *state.labels(completed)]
+            written = [*self._params.labelled("params"), *state.labels(completed)]
             _arrays.check_overlaps(written)
             if self._plan is not None and self._plan.grads is not None:
-                _arrays.check_overlaps(written, self._labelled("grads", self._plan.grads))
+                _arrays.check_overlaps(written, self._params.labelled("grads", self._plan.grads))
         return completed
 
     def _make_plan(self, kernels: list[Kernel], part_of: list[int], owned: state.State, steps: int, seed: int) -> Any:
@@ -482,18 +461,18 @@ class Optimizer:
             state.operands_of(
                 kernels[part], owned[name], param, self.low_precision, self._unit_axes(kernels[part], group, param, name)
             )
-            for name, param, group, part in zip(self._names, self._params, self._group_of, part_of)
+            for name, param, group, part in zip(self._params.names, self._params.arrays, self._params.group_of, part_of)
         ]
         if self.backend == "c":
-            for i, (param, part) in enumerate(zip(self._params, part_of)):
+            for i, (param, part) in enumerate(zip(self._params.arrays, part_of)):
                 if kernels[part].rule._direction is not None:
                     direction = np.empty(param.shape, storage.compute_dtype(param.dtype))
                     operands[i] = operands[i].and_state(direction)
             rules: list[Any] = [kernel.name for kernel in kernels]
-            plan = _extension.core.Plan(self._params, operands, part_of, rules, seed, self.stats)
+            plan = _extension.core.Plan(self._params.arrays, operands, part_of, rules, seed, self.stats)
         else:
             rules = [Rule(kernel.rule._rule, kernel.states + kernel.numbers, kernel.rule._of_all) for kernel in kernels]
-            plan = ReferencePlan(self._params, operands, part_of, rules, seed, self.stats, self._in_c_order)
+            plan = ReferencePlan(self._params.arrays, operands, part_of, rules, seed, self.stats, self._in_c_order)
         plan.steps = steps
         if self._plan is not None and self._plan.grads is not None:
             plan.bind(self._plan.grads)
@@ -503,7 +482,7 @@ class Optimizer:
         """The axes that count the units of a parameter; None if their norms do not matter."""
         if not kernel.has_units:
             return None
-        label = f"param_groups[{group}].unit_axes" if self._is_grouped else "unit_axes"
+        label = f"param_groups[{group}].unit_axes" if self._params.is_grouped else "unit_axes"
         return stages.axes_of_units(param.shape, kernel.unit_axes, self.convention, label, name)
 
     def _adoption(
@@ -596,7 +575,7 @@ class Optimizer:
             num_threads=self.num_threads,
             clear_grads=zero_grads,
         )
-        nonfinite = {self._names[i]: count for i, count in bad}
+        nonfinite = {self._params.names[i]: count for i, count in bad}
         if not applied and self.nonfinite == "raise":
             raise NonFiniteGradientError(nonfinite)
         stats = self._new_stats() if applied else None
@@ -617,7 +596,7 @@ class Optimizer:
     def _make_directions(self, grad_scale: float) -> None:
         """Have kernels with steps along what is made of whole arrays find that, made of the measured gradients."""
         parts = self._parts(self._in_plan)
-        for i, (param, place) in enumerate(zip(self._params, self._part_of)):
+        for i, (param, place) in enumerate(zip(self._params.arrays, self._part_of)):
             rule, hyper = parts[place]
             if rule._direction is None:
                 continue
@@ -670,7 +649,7 @@ class Optimizer:
                 raise ValueError("grads: expected gradients, got none, and none are bound")
             if self._sums is None:
                 self._sums = self._make_sums()
-            self._bind_arrays(self._sums, bound if grads is None else self._collected(grads))
+            self._bind_arrays(self._sums, bound if grads is None else self._params.collected(grads))
             self._plan.forget()
             self._sums.seed = (self.seed - 1 - self._plan.steps) % 2**64  # other bits in each step, and than the step's own
             self._sums.measure(nonfinite="propagate", num_threads=self.num_threads)
@@ -680,7 +659,7 @@ class Optimizer:
         dtype = self.accumulate_dtype
         sums = _arrays.zeros_together(
             (param, _arrays.memory_axes(param), np.dtype(dtype or storage.compute_dtype(param.dtype)))
-            for param in self._params
+            for param in self._params.arrays
         )
         operands = [Operands(low_precision="stochastic" if dtype == "bfloat16" else "nearest")] * len(sums)
         if self.backend == "c":
@@ -713,51 +692,31 @@ class Optimizer:
                 self._bind(grads)
 
     def _bind(self, grads: Any) -> None:
-        self._bind_arrays(self._plan, self._collected(grads))
-
-    def _collected(self, grads: Any) -> list[Any]:
-        """The gradients of a tree that has the structure of the parameters, in their order."""
-        if self._tree is not None:
-            return self._tree.collect(grads)
-        groups = {"0": grads} if isinstance(grads, Mapping) else _arrays.branches(grads)
-        if groups is None:
-            raise TypeError(f"grads: expected a sequence with the gradients of each group, got {type(grads).__name__}")
-        if len(groups) != len(self._structures):
-            raise ValueError(f"grads: expected {len(self._structures)} groups, got {len(groups)}")
-        parts = [g["params"] if isinstance(g, Mapping) and set(g) == {"params"} else g for g in groups.values()]
-        return [leaf for structure, part in zip(self._structures, parts) for leaf in structure.collect(part)]
+        self._bind_arrays(self._plan, self._params.collected(grads))
 
     def _bind_arrays(self, plan: Any, grads: list[Any]) -> None:
         bad, near = plan.look_at(grads)
         if bad >= 0:
-            grads = self._as_gradients(grads)  # not plain arrays of the right shapes
+            grads = self._params.as_gradients(grads)  # not plain arrays of the right shapes
             _, near = plan.look_at(grads)
         if near:
-            written = [*self._labelled("params", self._params), *state.labels(self.state)]
+            written = [*self._params.labelled("params"), *state.labels(self.state)]
             if plan is self._sums:
-                written = self._labelled("accumulated", plan.params)
-            _arrays.check_overlaps(written, self._labelled("grads", grads))
+                written = self._params.labelled("accumulated", plan.params)
+            _arrays.check_overlaps(written, self._params.labelled("grads", grads))
         plan.bind(grads)
-
-    def _as_gradients(self, grads: list[Any]) -> list[Array]:
-        """Gradients as arrays of their parameters' shapes."""
-        arrays = [_arrays.as_gradient(grad, label) for label, grad in self._labelled("grads", grads)]
-        for (label, grad), param in zip(self._labelled("grads", arrays), self._params):
-            if grad.shape != param.shape:
-                raise ValueError(f"{label}: expected shape {param.shape}, got {grad.shape}")
-        return arrays
 
     def _check_writeable(self, grads_too: bool) -> None:
         moved = self._plan.first_moved()
         if moved >= 0:
-            raise ValueError(f"params[{self._names[moved]!r}]: expected the memory and shape it had, got others")
+            raise ValueError(f"params[{self._params.names[moved]!r}]: expected the memory and shape it had, got others")
         read_only = self._plan.first_read_only()
         if read_only >= 0:
-            raise ValueError(f"params[{self._names[read_only]!r}]: expected a writeable array, got a read-only one")
+            raise ValueError(f"params[{self._params.names[read_only]!r}]: expected a writeable array, got a read-only one")
         for label, array in state.labels(self.state):
             if not array.flags.writeable:
                 raise ValueError(f"{label}: expected a writeable array, got a read-only one")
-        for label, grad in self._labelled("grads", self._plan.grads) if grads_too else ():
+        for label, grad in self._params.labelled("grads", self._plan.grads) if grads_too else ():
             if not grad.flags.writeable:
                 raise ValueError(f"{label}: expected a writeable array for zero_grads=True, got a read-only one")
 
@@ -774,7 +733,7 @@ class Optimizer:
             return dict(self._shown.averages)
         values = self._resolve(self.param_groups, self._plan.steps)
         found = {}
-        for name, param, group in zip(self._names, self._params, self._group_of):
+        for name, param, group in zip(self._params.names, self._params.arrays, self._params.group_of):
             own = self.state[name]
             average = own.get(AVERAGE)
             if average is None:
@@ -798,7 +757,7 @@ class Optimizer:
         try:
             with self._lock:
                 averages = self._averages()
-                pairs = [(param, averages[name]) for name, param in zip(self._names, self._params) if name in averages]
+                pairs = [(param, averages[name]) for name, param in self._params.items() if name in averages]
                 if not pairs:
                     raise ValueError("ema_decay: expected a number in some parameter group, got none")
                 show, restore = self._showing("their averages (within opt.averaged())", pairs)

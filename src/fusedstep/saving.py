@@ -35,8 +35,8 @@ def live_state_dict(opt: Optimizer) -> dict[str, Any]:
         "step": steps,
         "options": {key: value for key in OPTIONS if not has_callable(value := getattr(opt, key))},
         "state": {name: dict(own) for name, own in opt.state.items()},
-        "shapes": {name: list(param.shape) for name, param in zip(opt._names, opt._params)},
-        "memory_axes": {name: opt._axes(param) for name, param in zip(opt._names, opt._params)},
+        "shapes": {name: list(param.shape) for name, param in opt._params.items()},
+        "memory_axes": {name: opt._axes(param) for name, param in opt._params.items()},
         "param_groups": [
             {key: value for key, value in group.items() if key != "params" and not has_callable(value)}
             for group in opt.param_groups
@@ -119,7 +119,7 @@ def check_shapes(opt: Optimizer, loaded: Any) -> None:
     """Of parameters: some rules have no state whose shapes would tell."""
     if not isinstance(loaded, Mapping):
         raise TypeError(f"state_dict['shapes']: expected a mapping, got {loaded!r}")
-    for name, param in zip(opt._names, opt._params):
+    for name, param in opt._params.items():
         if name in loaded and loaded[name] != list(param.shape):
             raise ValueError(f"state_dict['shapes'][{name!r}]: expected {list(param.shape)}, got {loaded[name]!r}")
 
@@ -136,7 +136,7 @@ def loaded_states(
     for name in loaded:
         if strict and name not in opt.state:
             raise ValueError(f"state_dict['state'][{name!r}]: expected a parameter's name, got a name that none has")
-    for name, param in zip(opt._names, opt._params):
+    for name, param in opt._params.items():
         if name not in loaded:
             if strict:
                 raise ValueError(f"state_dict['state'][{name!r}]: expected state arrays, got none")

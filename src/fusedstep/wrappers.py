@@ -150,7 +150,7 @@ class Lookahead(Wrapper):
         with opt._lock:
             opt._check_writeable(False)
             changes: list[Change] = [(self.__dict__, "_exchange_at", None)]
-            for name, param, part in zip(opt._names, opt._params, opt._part_of):
+            for name, param, part in zip(opt._params.names, opt._params.arrays, opt._part_of):
                 own = state.operands_of(opt._kernels[part], opt.state[name], param, opt.low_precision)
                 slow, residual = own.average, own.residual
                 if slow is None or not state.is_low_precision(param):
@@ -254,17 +254,17 @@ class SAM(Wrapper):
         zero = opt.nonfinite == "zero"
         gradients = [
             stages.load_gradient(grad, storage.compute_dtype(param.dtype), zero_nonfinite=zero).reshape(param.shape)
-            for grad, param in zip(opt._as_gradients(opt._collected(grads)), opt._params)
+            for grad, param in zip(opt._params.as_gradients(opt._params.collected(grads)), opt._params.arrays)
         ]
         if opt.nonfinite in ("raise", "skip") and not all(np.isfinite(g).all() for g in gradients):
             return None
         with np.errstate(all="ignore"):
-            exact = [param.astype(g.dtype) for param, g in zip(opt._params, gradients)]
+            exact = [param.astype(g.dtype) for param, g in zip(opt._params.arrays, gradients)]
             if self.adaptive:
                 for g, p in zip(gradients, exact):
                     g *= np.abs(p)
             norm = global_norm(gradients)
-            for g, p, group in zip(gradients, exact, opt._group_of):
+            for g, p, group in zip(gradients, exact, opt._params.group_of):
                 if norm == 0:
                     break
                 g /= norm
@@ -272,7 +272,7 @@ class SAM(Wrapper):
                 if self.adaptive:
                     g *= np.abs(p)
                 p += g
-            return [(param, p.astype(param.dtype)) for param, p in zip(opt._params, exact)]
+            return [(param, p.astype(param.dtype)) for param, p in zip(opt._params.arrays, exact)]
 
     def __repr__(self) -> str:
         return f"SAM({self.opt!r}, rho={self.rho}, adaptive={self.adaptive})"

@@ -40,7 +40,7 @@ def imported(
 ) -> dict[str, Any]:
     """A state dict of `opt` with these in the place of its own."""
     saved = opt.state_dict()
-    params = dict(zip(opt._names, opt._params))
+    params = dict(opt._params.items())
     resolved = opt._resolve(opt.param_groups, saved["step"])
     for i, group in enumerate(saved["param_groups"]):
         new: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def imported(
 
 def parts_of(opt: Optimizer, resolved: list[dict[str, Any]]) -> dict[str, Part]:
     """Rule and hyper-parameters of each parameter."""
-    return dict(zip(opt._names, map(opt._parts(resolved).__getitem__, opt._places(resolved))))
+    return dict(zip(opt._params.names, map(opt._parts(resolved).__getitem__, opt._places(resolved))))
 
 
 def initial_states(part: Part, param: Array) -> dict[str, Array]:
@@ -81,7 +81,7 @@ def exported(opt: Optimizer) -> tuple[int, list[dict[str, Any]], Arrays]:
     """Number of steps, hyper-parameters of each group, and copies of the rule's states as the other library has them."""
     saved = opt.state_dict()
     resolved = opt._resolve(opt.param_groups, saved["step"])
-    params = dict(zip(opt._names, opt._params))
+    params = dict(opt._params.items())
     states: Arrays = {}
     for group in opt.param_groups:
         for name in group["names"]:

@@ -195,7 +195,7 @@ def keras_parts(
         if config.get(key, wanted) != wanted:
             raise ValueError(f"{label}: expected {key}={wanted}, got {config[key]!r}")
     trained = keras_optimizer._trainable_variables
-    ordered = in_order(names, opt._names)
+    ordered = in_order(names, opt._params.names)
     if len(trained) != len(ordered):
         raise ValueError(f"{label}: expected variables for {ordered}, got {len(trained)}")
     resolved = opt._resolve(opt.param_groups, opt.steps)

@@ -107,7 +107,7 @@ def from_optax(opt: Optimizer, opt_state: Any, *, step: int | None = None) -> di
     """
     check_rule(opt, "optax", STATES)
     counts: dict[str, float] = {}
-    states: dict[str, dict[str, Any]] = {name: {} for name in opt._names}
+    states: dict[str, dict[str, Any]] = {name: {} for name in opt._params.names}
 
     def take(label: str, key: str, name: str, leaf: Any) -> Any:
         if key == "step":
@@ -196,7 +196,7 @@ def with_changes(opt: Optimizer, node: Any, label: str, change: Change) -> Any:
             key = kinds[kind][field]
             leaves, structure = tree.tree_flatten_with_path(value)
             if key in opt._numbers and [path for path, _ in leaves] == [()]:  # one for all arrays
-                changed = [change(own, key, name, value) for name in opt._names]
+                changed = [change(own, key, name, value) for name in opt._params.names]
                 if any(number != changed[0] for number in changed):
                     raise ValueError(f"{own}: expected the same {key} of all arrays, got {[float(x) for x in changed]}")
                 new[field] = changed[0] if changed else value
@@ -209,7 +209,7 @@ def with_changes(opt: Optimizer, node: Any, label: str, change: Change) -> Any:
 
 def of_factors(opt: Optimizer, change: Change) -> Change:
     """The same change where rows are along the longer axis of a matrix, and there are placeholders of one element."""
-    shapes: dict[str, tuple[int, ...]] = {name: param.shape for name, param in zip(opt._names, opt._params)}
+    shapes: dict[str, tuple[int, ...]] = {name: param.shape for name, param in opt._params.items()}
     with opt._lock:
         states = live_state_dict(opt)["state"]
 

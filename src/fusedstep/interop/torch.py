@@ -160,7 +160,7 @@ def to_torch(opt: Optimizer, *, names: Sequence[str] | None = None) -> dict[str,
     ordered = in_order(names, by_groups(opt))
     number = {name: i for i, name in enumerate(ordered)}
     step, hypers, states = exported(opt)
-    for (name, part), param in zip(parts_of(opt, hypers).items(), opt._params):
+    for (name, part), param in zip(parts_of(opt, hypers).items(), opt._params.arrays):
         if part.rule is not type(opt):
             raise ValueError(f"params[{name!r}]: expected a matrix for {rule} of PyTorch, got shape {param.shape}")
     groups = []
