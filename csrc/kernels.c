@@ -162,20 +162,21 @@ INLINE uint16_t float32_to_float16_at_random(float x, uint32_t random)
     return (uint16_t)(magnitude >= 0x477fe000 ? float32_to_float16(x) : half | sign);    /* from the largest on */
 }
 
-/* A code is the upper bits of a float, 3 of them mantissa, of the magnitude plus `least`: in steps of an eighth of that from
- * 0 on, which double whenever the sum does. All is relative to a scale, a power of two of which the largest of FS_SCALED
- * elements is 1 to 2 times; least = 2^-31 makes codes of 8 bits, 2^-15 of 7 beside a sign. */
-INLINE float from_code(uint32_t code, float least)
+/* A code is what the upper bits, 3 of them mantissa, of a magnitude plus a base have more than those of the base: steps of
+ * an eighth of it from 0 on, which double whenever the sum does. The base is `least` times a scale, a power of two of which
+ * the largest of FS_SCALED elements is 7/8 to 7/4 times; least = 2^-31 makes codes of 8 bits, 2^-15 of 7 beside a `sign`,
+ * the bit of negative numbers, which to be read is in all bits above, too. */
+INLINE float from_code(uint32_t code, float base, uint32_t sign)
 {
-    return float_from_bits((code << 20) + float_bits(least)) - least;
+    const float magnitude = float_from_bits((code << 20 & (0xff ^ sign) << 20) + float_bits(base)) - base;
+    return float_from_bits(float_bits(magnitude) | (code & sign << 24));
 }
 
-/* The same with further bits above, for the caller to drop. */
-INLINE uint32_t to_code(float magnitude, float least, uint32_t smallest, uint32_t largest, uint32_t random)
+INLINE uint32_t to_code(float x, float base, uint32_t random, uint32_t smallest, uint32_t sign)
 {
-    const uint32_t code = (float_bits(magnitude + least) + (random >> 12)) >> 20, zero = float_bits(least) >> 20;
-    const uint32_t bounded = code < zero + largest ? code : zero + largest;
-    return bounded > zero + smallest ? bounded : zero + smallest;
+    const float magnitude = float_from_bits(float_bits(x) & 0x7fffffff);
+    const uint32_t code = (float_bits(magnitude + base) - float_bits(base) + (random >> 12)) >> 20;
+    return (code > smallest ? code : smallest) | (float_bits(x) >> 24 & sign);
 }
 
 /* Loops over FS_SCALED elements end before the CPU looks ahead. To the second-level cache: the first has no room for so many
@@ -188,16 +189,21 @@ INLINE void fetch_ahead(const void *data, size_t n, size_t item)
         __builtin_prefetch(ahead + byte, TO_READ, SECOND_LEVEL);
 }
 
-/* The scale for elements of at most this magnitude (its bits), which is finite; and its inverse. */
-static float scale_of(uint32_t largest)
+/* The scale for elements of at most this magnitude (its bits). It and the base are normal numbers. */
+static float scale_of(uint32_t largest, float least)
 {
-    return float_from_bits((largest < 1u << 23 ? 1u << 23 : largest) & 0x7f800000);
+    const uint32_t lowest = 0x40000000 - float_bits(least), highest = 0x7f000000;
+    const uint32_t fitting = (largest + 0x1fffff) & 0x7f800000;
+    return float_from_bits(fitting > highest ? highest : fitting < lowest ? lowest : fitting);
 }
 
-static float inverse_scale_of(uint32_t largest)
+/* Of elements above 7/4 times the highest scale: the last code that there is; or, of those beside what is not finite, 0. */
+static const uint32_t LAST_TO_FIT = 0x7f600000;
+
+static __attribute__((noinline)) uint8_t to_last_code(float x, float base, uint32_t random, uint32_t sign, bool finite)
 {
-    const uint32_t exponent = float_bits(scale_of(largest)) >> 23;
-    return exponent == 254 ? 0x1p-127f : float_from_bits((254 - exponent) << 23);
+    const uint32_t code = to_code(float_from_bits(float_bits(x) & 0x7fffffff), base, random, 0, 0), last = 0xff ^ sign;
+    return finite ? (uint8_t)((code < last ? code : last) | (float_bits(x) >> 24 & sign)) : 0;
 }
 
 /* ---- Parameters of 16 bits ------------------------------------------------------------------------------------------ */

@@ -47,25 +47,44 @@ def test_nearest_code(dtype):
 @codes
 def test_every_code_is_a_fixed_point(dtype):
     all_codes = np.arange(256, dtype=np.uint8).view(dtype)
+    all_codes = all_codes[all_codes & 0x7F != 0x7F] if dtype == INT8 else all_codes[:-1]  # the last one is for rounding up
     scales = np.array([2.0**-7], np.float32)
     values = storage.load_small(all_codes, scales)
     again, new_scales = np.zeros_like(all_codes), np.zeros_like(scales)
     for random in (0, NEAREST, 0xFFFFFFFF):
-        storage.store_small(values, again, new_scales, np.full(256, random, np.uint32))
+        storage.store_small(values, again, new_scales, np.full(all_codes.size, random, np.uint32))
         wanted = all_codes.copy()
         if dtype == UINT8:
             wanted[0] = 1  # beside what is not 0 nothing is
         np.testing.assert_array_equal(again, wanted)
         np.testing.assert_array_equal(new_scales, scales)
-    assert (np.diff(values[: 128 if dtype == INT8 else 256]) > 0).all()
+    assert (np.diff(values[: 127 if dtype == INT8 else 255]) > 0).all()
 
 
 @codes
 def test_magnitudes_and_zeros(dtype):
     for largest in (3.4e38, 1e30, 1.0, 1e-30, 2.0**-126, 1e-40):
         values = np.full(300, largest, np.float32)
-        np.testing.assert_allclose(stored(values, dtype), values, rtol=1 / 8)
+        np.testing.assert_allclose(stored(values, dtype), values, rtol=1 / 8, atol=2.0**-129)
     np.testing.assert_array_equal(stored(np.zeros(300, np.float32), dtype), 0)
+
+
+@pytest.mark.parametrize(("rule", "options"), [(fs.SGD, {"momentum": 0.9}), (fs.Adagrad, {})])
+def test_the_largest_do_not_overflow(rule, options):
+    # Up to the last float32, rounded at random: as momentum, of either sign, and as sums of squares.
+    magnitudes = np.float32(2.0**127) * np.linspace(0.5, 2 - 2.0**-22, 5000, dtype=np.float32)
+    grad = magnitudes * np.where(np.arange(5000) % 2, np.float32(1), np.float32(-1)) if options else np.sqrt(magnitudes)
+    states = []
+    for backend in ("c", "reference"):
+        opt = rule(np.zeros(5000, np.float32), lr=1e-30, state_dtype="int8", backend=backend, **options)
+        opt.step(grad)
+        codes, scales = opt.state["0"].values()
+        values = np.abs(storage.load_small(codes, scales))
+        np.testing.assert_allclose(values, magnitudes, rtol=1 / 8)
+        assert values.max() > 3.19e38  # the last code
+        states.append((codes, scales))
+    for c, wanted in zip(*states):
+        np.testing.assert_array_equal(c, wanted)
 
 
 @codes

@@ -21,9 +21,10 @@ def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 SCALED = 256
 """Neighbours that share the scale of an 8-bit state."""
 
-# A code is the upper bits of a float32, 3 of them mantissa, of the magnitude plus `least`: in steps of an eighth of that
-# from 0 on, which double whenever the sum does. All is relative to a scale, a power of two of which the largest of SCALED
-# elements is 1 to 2 times. That makes codes of 8 bits for states that cannot be negative, of 7 beside a sign for the others.
+# A code is what the upper bits of a float32, 3 of them mantissa, of a magnitude plus a base have more than those of the base
+# alone: steps of an eighth of it from 0 on, which double whenever the sum does. The base is this times a scale, a power of
+# two of which the largest of SCALED elements is 7/8 to 7/4 times. That makes codes of 8 bits for states that cannot be
+# negative, of 7 beside a sign for the others.
 LEAST = {np.dtype(np.int8): np.float32(2.0**-15), np.dtype(np.uint8): np.float32(2.0**-31)}
 
 
@@ -82,11 +83,11 @@ def load_small(state: Array, scales: Array | None) -> Array:
     """A flat small state in float32."""
     if scales is None:
         return state.astype(np.float32)
-    least, codes = LEAST[state.dtype], state.view(np.uint8).astype(np.uint32)
+    codes = state.view(np.uint8).astype(np.uint32)
     negative = codes & (0x80 if state.dtype == np.int8 else 0)
     with np.errstate(all="ignore"):
-        x = ((codes ^ negative) << 20) + least.view(np.uint32)
-        x = (x.view(np.float32) - least) * np.repeat(scales, SCALED)[: x.size]
+        base = np.repeat(LEAST[state.dtype] * scales, SCALED)[: codes.size]
+        x = (((codes ^ negative) << 20) + base.view(np.uint32)).view(np.float32) - base
     loaded: Array = (x.view(np.uint32) | negative << 24).view(np.float32)
     return loaded
 
@@ -102,20 +103,17 @@ def store_small(values: Array, state: Array, scales: Array | None, random: Array
         return
     bits = values.view(np.uint32)
     magnitude = bits & 0x7FFFFFFF
-    least = LEAST[state.dtype]
+    least, is_signed = LEAST[state.dtype], state.dtype == np.int8
     largest = np.maximum.reduceat(magnitude, np.arange(0, values.size, SCALED)) if values.size else magnitude
-    exponent = (np.clip(largest, 1 << 23, 0x7F800000) >> 23).astype(np.int32)
-    finite = exponent < 255
+    fitting = (largest + 0x1FFFFF & 0x7F800000).view(np.float32)
+    scale, finite = np.clip(fitting, np.float32(2.0**-126) / least, np.float32(2.0**127)), largest < 0x7F800000
+    base, finite_too, any_too = (np.repeat(x, SCALED)[: values.size] for x in (least * scale, finite, largest > 0))
     with np.errstate(all="ignore"):
-        scales[:] = np.where(finite, np.ldexp(np.float32(1), exponent - 127), np.float32(np.nan))
-        inverse = np.repeat(np.ldexp(np.float32(1), 127 - exponent), SCALED)[: values.size]
-        sums = magnitude.view(np.float32) * inverse + least
-    is_signed = state.dtype == np.int8
-    code = np.minimum((sums.view(np.uint32) - least.view(np.uint32) + (random >> 12)) >> 20, 0x7F if is_signed else 0xFF)
-    code = np.maximum(code, 0 if is_signed else np.repeat(largest > 0, SCALED)[: values.size])
-    if is_signed:
-        code |= bits >> 24 & 0x80
-    state.view(np.uint8)[:] = np.where(np.repeat(finite, SCALED)[: values.size], code, 0)
+        sums = magnitude.view(np.float32) + base
+    code = np.minimum((sums.view(np.uint32) - base.view(np.uint32) + (random >> 12)) >> 20, 0x7F if is_signed else 0xFF)
+    code = code | bits >> 24 & 0x80 if is_signed else np.maximum(code, any_too)
+    state.view(np.uint8)[:] = np.where(finite_too, code, 0)
+    scales[:] = np.where(finite, scale, np.float32(np.nan))
 
 
 def bfloat16_at_random(values: Array, random: Array) -> Array:
