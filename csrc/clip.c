@@ -14,7 +14,7 @@ static void clip_units_work(const fs_pass *pass, size_t i, size_t start, size_t 
         void *grad = fs_load_in_memory_order(k, array, FS_GRAD, start, count, tile->run[FS_GRAD]);
         k->multiply(count, grad, grad, fs_load_in_memory_order(k, array, FS_GRAD_FACTOR, start, count, tile));
         k->apply_stages(count, grad, grad, NULL, &stages);
-        fs_store_in_memory_order(k, array, FS_GRAD, start, count, grad, NULL);
+        fs_store_in_memory_order(k, array, FS_GRAD, start, count, grad, FS_NO_KEY);
     }
 }
 

@@ -135,14 +135,11 @@ enum { SIDE = 16, AHEAD = 32 };
 
 /* ---- Small states --------------------------------------------------------------------------------------------------- */
 
-/* 32 random bits for each key and element of a block: of key + element * BETWEEN_ELEMENTS. In what follows such bits are a
- * fraction: of the distance to the next value, for a number to be rounded up from there on. */
-static const uint32_t BETWEEN_ELEMENTS = 0x9e3779b9u;
-
-INLINE uint32_t random_bits(uint32_t x)
+/* Random bits of a key: a fraction of the distance to the next value, for a number to be rounded up from there on. */
+INLINE uint32_t random_bits(uint32_t key)
 {
-    x = (x ^ x >> 16) * 0x7feb352du;
-    return (x ^ x >> 15) * 0x846ca68bu;
+    key = (key ^ key >> 16) * 0x7feb352du;
+    return (key ^ key >> 15) * 0x846ca68bu;
 }
 
 INLINE uint16_t float32_to_bfloat16_at_random(float x, uint32_t random)
@@ -210,12 +207,12 @@ static __attribute__((noinline)) uint8_t to_last_code(float x, float base, uint3
 
 /* `param` is a block of float32. The parts are what the storage type can hold, still as float32, and the residual. */
 #define HALVES(dtype, to_float, from_float, at_random)                                                           \
-    TARGET static void FN(part_stochastic_##dtype)(size_t n, void *param_, void *residual, const uint32_t *random) \
+    TARGET static void FN(part_stochastic_##dtype)(size_t n, void *param_, void *residual, uint32_t key)      \
     {                                                                                                            \
         float *restrict param = param_;                                                                          \
         (void)residual;                                                                                          \
-        for (size_t i = 0; i < n; i++)                                                                           \
-            param[i] = to_float(at_random(param[i], random[i]));                                                 \
+        for (size_t i = 0; i < n; i++, key += FS_BETWEEN_KEYS)                                                   \
+            param[i] = to_float(at_random(param[i], random_bits(key)));                                          \
     }                                                                                                            \
     TARGET static void FN(join_kahan_##dtype)(size_t n, void *param_, const void *residual_)                     \
     {                                                                                                            \
@@ -224,11 +221,11 @@ static __attribute__((noinline)) uint8_t to_last_code(float x, float base, uint3
         for (size_t i = 0; i < n; i++)                                                                           \
             param[i] = param[i] + to_float(residual[i]);                                                         \
     }                                                                                                            \
-    TARGET static void FN(part_kahan_##dtype)(size_t n, void *param_, void *residual_, const uint32_t *random)   \
+    TARGET static void FN(part_kahan_##dtype)(size_t n, void *param_, void *residual_, uint32_t key)         \
     {                                                                                                            \
         float *restrict param = param_;                                                                          \
         uint16_t *restrict residual = residual_;                                                                 \
-        (void)random;                                                                                            \
+        (void)key;                                                                                               \
         for (size_t i = 0; i < n; i++) {                                                                         \
             const float rounded = to_float(from_float(param[i])), lost = param[i] - rounded;                     \
             residual[i] = from_float(lost - lost == 0 ? lost : 0);                                               \
@@ -245,11 +242,11 @@ static __attribute__((noinline)) uint8_t to_last_code(float x, float base, uint3
         for (size_t i = 0; i < n; i++)                                                                           \
             param[i] = float_from_bits(float_bits(param[i]) + (uint32_t)(int32_t)residual[i]);                   \
     }                                                                                                            \
-    TARGET static void FN(part_split)(size_t n, void *param_, void *residual_, const uint32_t *random)           \
+    TARGET static void FN(part_split)(size_t n, void *param_, void *residual_, uint32_t key)                 \
     {                                                                                                            \
         float *restrict param = param_;                                                                          \
         int16_t *restrict residual = residual_;                                                                  \
-        (void)random;                                                                                            \
+        (void)key;                                                                                               \
         for (size_t i = 0; i < n; i++) {                                                                         \
             const uint32_t bits = float_bits(param[i]);                                                          \
             const uint32_t rounded = param[i] != param[i] ? 0x7fc00000 : (bits + 0x8000) & 0xffff0000;           \
@@ -260,9 +257,9 @@ static __attribute__((noinline)) uint8_t to_last_code(float x, float base, uint3
 
 static void join_master(size_t n, void *param, const void *residual) { memcpy(param, residual, n * sizeof(float)); }
 
-static void part_master(size_t n, void *param, void *residual, const uint32_t *random)
+static void part_master(size_t n, void *param, void *residual, uint32_t key)
 {
-    (void)random;
+    (void)key;
     memcpy(residual, param, n * sizeof(float));
 }
 

@@ -41,6 +41,10 @@ static inline double or_epsilon(double eps, size_t item)
 typedef void fs_rule(size_t n, void *param, const void *grad, void *const *state, double factor, double decay,
                      const void *coefs);
 
+/* Random bits are made of keys, 32 of each: the first element has that of its block, each other this much more than the one
+ * before. */
+#define FS_BETWEEN_KEYS 0x9e3779b9u
+
 /* The states of a block: each in a small type or, like all else, in the compute type. Two small ones share the random bits
  * that they are rounded with, those of a key. */
 typedef struct { char *data; float *scales; fs_dtype dtype; } fs_state;
@@ -55,14 +59,12 @@ typedef struct {
     /* Between storage and run, over two dimensions: `outer` and `inner` strides in bytes. */
     void (*load[4])(size_t n_outer, size_t n_inner, void *real, const char *data, ptrdiff_t outer, ptrdiff_t inner);
     void (*store[4])(size_t n_outer, size_t n_inner, const void *real, char *data, ptrdiff_t outer, ptrdiff_t inner);
-    /* 32 random bits for each of n elements of a block, by its key, from the `first` on. */
-    void (*random)(size_t n, uint32_t key, size_t first, uint32_t *bits);
     /* A block of a small state, from storage. */
     void (*load_small)(size_t n, void *real, const fs_state *state);
-    /* A block of a parameter of 16 bits, by rounding and dtype: what it is with its residual (join), and the reverse (part);
-     * NULL where there is nothing to do. Only in tables of float32. */
+    /* A block of a parameter of 16 bits, by rounding and dtype: what it is with its residual (join), and the reverse (part),
+     * for which random bits are made of `key`; NULL where there is nothing to do. Only in tables of float32. */
     void (*join[FS_N_ROUNDINGS][FS_BFLOAT16 + 1])(size_t n, void *real, const void *residual);
-    void (*part[FS_N_ROUNDINGS][FS_BFLOAT16 + 1])(size_t n, void *real, void *residual, const uint32_t *random);
+    void (*part[FS_N_ROUNDINGS][FS_BFLOAT16 + 1])(size_t n, void *real, void *residual, uint32_t key);
     /* The two halves of gradient preparation: what the norm sees, and what only the rule sees. Each returns where the result
      * is: `to`, which may be the gradient itself, or the gradient if there was nothing to do. */
     const void *(*unscale)(size_t n, const void *grad, void *to, double grad_scale, bool zero_nonfinite);

@@ -11,7 +11,7 @@ static unsigned long long mix(unsigned long long z)
     return z ^ z >> 31;
 }
 
-/* The keys of random bits: an array's, by seed, step and array; and a block's, by that and what they are for: pairs of
+/* The keys of random bits: an array's, by seed, step and array; and an element's, by that and what they are for: pairs of
  * states, 0 and 1, or the parameter. */
 enum { FOR_PARAM = 2 };
 
@@ -20,9 +20,9 @@ static unsigned long long array_key(const fs_plan *plan, size_t array)
     return mix(mix(plan->seed) + (unsigned long long)plan->step) + 4 * array;
 }
 
-static uint32_t block_key(unsigned long long array_key, int use, size_t start)
+static uint32_t key_at(unsigned long long array_key, int use, size_t start)
 {
-    return (uint32_t)mix(mix(array_key + (unsigned)use) + start / FS_BLOCK);
+    return (uint32_t)mix(mix(array_key + (unsigned)use) + start / FS_BLOCK) + (uint32_t)(start % FS_BLOCK) * FS_BETWEEN_KEYS;
 }
 
 /* So many elements go through all loops together where some are copied, in the first-level cache: a multiple of FS_SCALED.
@@ -135,7 +135,7 @@ static fs_small small_states(const fs_work *w, const fs_array *array, unsigned l
     for (int s = 0; s < small.n_states; s++) {
         const fs_state plain = {.data = at[FS_STATE + s], .dtype = array->real};
         small.state[s] = array->operand[FS_STATE + s].is_packed ? fs_packed_state(array, FS_STATE + s, start) : plain;
-        small.key[s / 2] = block_key(key, s / 2, start);
+        small.key[s / 2] = key_at(key, s / 2, start);
     }
     return small;
 }
@@ -158,7 +158,6 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
     size_t count = array->is_run && !array->in_blocks ? fs_before_cache_line(array, start) : 0;
     for (; start < end; start += count, count = 0) {
         void *at[FS_N_PLACES];
-        uint32_t random[FS_BLOCK];
         count = min_size(end - start, count > 0 ? count : piece);
         fs_ahead ahead = ahead_of(array, start, count, in_place);
         for (int o = 0; o < w->n_operands; o++) {
@@ -176,13 +175,12 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
             small = small_states(w, array, key, start, at);
         fs_update_row(&work, count, at, copy[FS_GRAD]);
         fetch_some(&ahead);
-        if (array->rounding == FS_STOCHASTIC)
-            w->k->random(count, block_key(key, FOR_PARAM, start), start % FS_BLOCK, random);
-        fs_store_in_memory_order(w->k, array, FS_PARAM, start, count, at[FS_PARAM], random);
+        const uint32_t param_key = array->rounding == FS_STOCHASTIC ? key_at(key, FOR_PARAM, start) : FS_NO_KEY;
+        fs_store_in_memory_order(w->k, array, FS_PARAM, start, count, at[FS_PARAM], param_key);
         fetch_some(&ahead);
         for (int o = FS_STATE; o < w->n_operands && !array->operand[o].is_constant; o++) {
             if (!array->operand[o].is_packed)
-                fs_store_in_memory_order(w->k, array, o, start, count, at[o], random);
+                fs_store_in_memory_order(w->k, array, o, start, count, at[o], FS_NO_KEY);
             fetch_some(&ahead);
         }
         if (plan->has_stats) {
@@ -193,12 +191,12 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
             at[FS_PARAM] = fs_load_in_memory_order(w->k, array, FS_PARAM, start, count, copy[FS_PARAM]);    /* rounded */
             at[FS_AVERAGE] = fs_load_in_memory_order(w->k, array, FS_AVERAGE, start, count, copy[FS_AVERAGE]);
             w->k->average(count, at[FS_AVERAGE], at[FS_PARAM], w->group->average_now);
-            fs_store_in_memory_order(w->k, array, FS_AVERAGE, start, count, at[FS_AVERAGE], NULL);
+            fs_store_in_memory_order(w->k, array, FS_AVERAGE, start, count, at[FS_AVERAGE], FS_NO_KEY);
             fetch_some(&ahead);
         }
         if (w->clear) {
             memset(at[FS_GRAD], 0, count * array->item);
-            fs_store_in_memory_order(w->k, array, FS_GRAD, start, count, at[FS_GRAD], NULL);
+            fs_store_in_memory_order(w->k, array, FS_GRAD, start, count, at[FS_GRAD], FS_NO_KEY);
         }
     }
 }

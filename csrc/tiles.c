@@ -461,12 +461,12 @@ void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int o,
 }
 
 void fs_store_in_memory_order(const fs_kernels *k, const fs_array *array, int o, size_t start, size_t count, void *run,
-                              const uint32_t *random)
+                              uint32_t key)
 {
     const fs_operand *operand = &array->operand[o];
     char *data = operand->data + start * fs_dtype_size(operand->dtype);
     if (o == FS_PARAM && array->rounding != FS_NEAREST)
-        k->part[array->rounding][operand->dtype](count, run, residual_from(array, start), random);
+        k->part[array->rounding][operand->dtype](count, run, residual_from(array, start), key);
     if (!is_dense(array, o))
         move(k, array, o, array->loops, array->n_loops, start, count, run, true);
     else if (run != data)

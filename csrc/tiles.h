@@ -31,9 +31,11 @@ void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int op
 /* The same place of a state that is packed. */
 fs_state fs_packed_state(const fs_array *array, int operand, size_t start);
 
-/* The reverse of loading, but for small states. Parameters of 16 bits are rounded with these random bits, and left so. */
+/* The reverse of loading, but for small states. Parameters of 16 bits are rounded, if at random with bits made of this key,
+ * and left so. */
+enum { FS_NO_KEY = 0 };
 void fs_store_in_memory_order(const fs_kernels *k, const fs_array *array, int operand, size_t start, size_t count, void *run,
-                              const uint32_t *random);
+                              uint32_t key);
 
 /* How many elements of the parameter lie before its next cache line: vectors that cross lines cost twice. */
 size_t fs_before_cache_line(const fs_array *array, size_t start);

@@ -80,32 +80,40 @@ static bool same_float(float a, float b)
     return memcmp(&a, &b, sizeof a) == 0 || (isnan(a) && isnan(b));
 }
 
+/* The random bits of an element of a block with this key: a test's own, for checkpoints count on them. */
+static uint32_t random_at(uint32_t key, size_t e)
+{
+    uint32_t x = key + (uint32_t)e * 0x9e3779b9;
+    x = (x ^ x >> 16) * 0x7feb352d;
+    return (x ^ x >> 15) * 0x846ca68b;
+}
+
 /* A run of floats of every kind, to storage and back. */
 static void check_join_and_part(fs_dtype dtype, fs_rounding rounding, const fs_kernels *k, size_t n)
 {
     enum { EDGE = 4 };
     float values[FS_BLOCK], run[FS_BLOCK + EDGE];
-    uint32_t random[FS_BLOCK];
     uint16_t stored[FS_BLOCK];
     char residual[4 * (FS_BLOCK + EDGE)], expected[4 * (FS_BLOCK + EDGE)];
     const size_t kept = residual_size(rounding);
+    const uint32_t key = (uint32_t)random_bits();
     const float beyond = 0.1f;    /* which no half is */
     memset(residual, 0x5a, sizeof residual);
     memset(expected, 0x5a, sizeof expected);
     for (size_t i = 0; i < n; i++) {
         const uint32_t bits = random_float_bits();
         memcpy(&values[i], &bits, sizeof bits);
-        random[i] = (uint32_t)random_bits();
     }
     memcpy(run, values, n * sizeof *run);
     for (size_t i = n; i < n + EDGE; i++)
         run[i] = beyond;
-    k->part[rounding][dtype](n, run, residual, random);
+    k->part[rounding][dtype](n, run, residual, key);
     k->store[dtype](1, n, run, (char *)stored, 0, sizeof *stored);
     for (size_t i = 0; i < n; i++) {
-        const uint16_t half = part(dtype, rounding, values[i], random[i] >> 16, expected + i * kept);
-        CONTEXT("dtype %d, rounding %d, %a at random %04x: %04x, not %04x", dtype, rounding, values[i], random[i] >> 16,
-                stored[i], half);
+        const unsigned random = random_at(key, i) >> 16;
+        const uint16_t half = part(dtype, rounding, values[i], random, expected + i * kept);
+        CONTEXT("dtype %d, rounding %d, %a at random %04x: %04x, not %04x", dtype, rounding, values[i], random, stored[i],
+                half);
         CHECK(same_half(dtype, stored[i], half));
     }
     CHECK(memcmp(residual, expected, sizeof residual) == 0);
@@ -310,13 +318,11 @@ static void write_sample(const sample *s, int o, size_t e, double x)
     write_item(s->dtype[o], s->wanted[o] + e * s->item[o], x);
 }
 
-/* The random bits of an element for this use of its array: a test's own, for checkpoints count on them. */
+/* The same of an element for this use of its array. */
 static uint32_t random_of(const fs_plan *plan, size_t i, int use, size_t e)
 {
     const uint64_t array = mix(mix(mix(plan->seed) + (uint64_t)plan->step) + 4 * i + (uint64_t)use);
-    uint32_t x = (uint32_t)mix(array + e / FS_BLOCK) + (uint32_t)(e % FS_BLOCK) * 0x9e3779b9;
-    x = (x ^ x >> 16) * 0x7feb352d;
-    return (x ^ x >> 15) * 0x846ca68b;
+    return random_at((uint32_t)mix(array + e / FS_BLOCK), e % FS_BLOCK);
 }
 
 /* Store a parameter that is `exact`; returns what is left of it. */
