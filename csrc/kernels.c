@@ -176,14 +176,12 @@ INLINE uint32_t to_code(float x, float base, uint32_t random, uint32_t smallest,
     return (code > smallest ? code : smallest) | (float_bits(x) >> 24 & sign);
 }
 
-/* Loops over FS_SCALED elements end before the CPU looks ahead. To the second-level cache: the first has no room for so many
- * lines on their way. */
 INLINE void fetch_ahead(const void *data, size_t n, size_t item)
 {
-    enum { AHEAD_OF_SCALED = 4 * FS_SCALED, LINE = 64, TO_READ = 0, SECOND_LEVEL = 2 };
+    enum { AHEAD_OF_SCALED = 4 * FS_SCALED, LINE = 64 };
     const char *ahead = (const char *)data + AHEAD_OF_SCALED * item;
     for (size_t byte = 0; byte < n * item; byte += LINE)
-        __builtin_prefetch(ahead + byte, TO_READ, SECOND_LEVEL);
+        fs_fetch(ahead + byte);
 }
 
 /* The scale for elements of at most this magnitude (its bits). It and the base are normal numbers. */

@@ -86,6 +86,10 @@ typedef struct {
 
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
+/* Bring a line nearer that will be read later, where loops are too short for the CPU to look ahead: to the second-level
+ * cache, since the first has no room for so many lines on their way. */
+static inline void fs_fetch(const char *line) { __builtin_prefetch(line, 0, 2); }
+
 /* The tables of kernels.c, by level and compute type; a level not compiled has none. */
 const fs_kernels *fs_kernels_of(fs_level level, fs_dtype real);
 
@@ -100,13 +104,5 @@ void fs_rule_scale(int rule, const double *hyper, const fs_whole *whole, double 
 int fs_rule_direction(int rule);
 bool fs_rule_is_scaled(int rule);
 bool fs_rule_is_summed(int rule);
-
-/* How many threads a pass over this many elements may use. `asked` is 0 for the default. */
-int fs_threads_for(size_t n_elements, int asked);
-bool fs_threads_insisted(void);
-
-/* All of n parts: each by a thread of its own, or one for all where that is faster. */
-typedef void fs_part(const void *context, size_t part, size_t n_parts);
-void fs_team_run(int n_threads, fs_part *part, const void *context);
 
 #endif

@@ -1,5 +1,6 @@
 /* Passes over all arrays of a plan, cut into one contiguous part per thread. */
 #include "engine.h"
+#include "team.h"
 
 fs_pass fs_make_pass(fs_plan *plan, const fs_options *options)
 {

@@ -37,7 +37,7 @@ static bool has_small_states(const fs_work *w, const fs_array *array)
     return false;
 }
 
-/* What of a later piece is still to be fetched, if pieces are copied: then loops are too short for the CPU to look ahead. */
+/* What of a later piece is still to be fetched, if pieces are copied. */
 typedef struct { const fs_array *array; size_t start, count, byte; int operand; } fs_ahead;
 
 static fs_ahead ahead_of(const fs_array *array, size_t start, size_t count, bool in_place)
@@ -47,11 +47,11 @@ static fs_ahead ahead_of(const fs_array *array, size_t start, size_t count, bool
     return (fs_ahead){.array = array, .start = start + AHEAD, .count = count, .operand = is_there ? 0 : FS_N_OPERANDS};
 }
 
-/* Between two loops; not all at once, since the CPU drops what it has no room for. To the second-level cache, which has more
- * of that. Kernels for small states do it themselves. */
+/* Between two loops; not all at once, since the CPU drops what it has no room for. Kernels for small states do it
+ * themselves. */
 static void fetch_some(fs_ahead *ahead)
 {
-    enum { AT_ONCE = 32 * CACHE_LINE, TO_READ = 0, SECOND_LEVEL = 2 };
+    enum { AT_ONCE = 32 * CACHE_LINE };
     size_t left = AT_ONCE;
     for (; ahead->operand < FS_N_OPERANDS; ahead->operand++, ahead->byte = 0) {
         const fs_operand *operand = &ahead->array->operand[ahead->operand];
@@ -61,7 +61,7 @@ static void fetch_some(fs_ahead *ahead)
         for (; ahead->byte < size; ahead->byte += CACHE_LINE, left -= CACHE_LINE) {
             if (left == 0)
                 return;
-            __builtin_prefetch(operand->data + ahead->start * item + ahead->byte, TO_READ, SECOND_LEVEL);
+            fs_fetch(operand->data + ahead->start * item + ahead->byte);
         }
     }
 }
@@ -140,6 +140,15 @@ static fs_small small_states(const fs_work *w, const fs_array *array, unsigned l
     return small;
 }
 
+/* Towards the parameter as it is stored. */
+static void move_average(const fs_work *w, const fs_array *array, size_t start, size_t count, char *const *copy)
+{
+    const void *param = fs_load_in_memory_order(w->k, array, FS_PARAM, start, count, copy[FS_PARAM]);
+    void *average = fs_load_in_memory_order(w->k, array, FS_AVERAGE, start, count, copy[FS_AVERAGE]);
+    w->k->average(count, average, param, w->group->average_now);
+    fs_store_in_memory_order(w->k, array, FS_AVERAGE, start, count, average, FS_NO_KEY);
+}
+
 void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t end, fs_tile *tile)
 {
     const fs_array *array = &plan->arrays[i];
@@ -188,10 +197,7 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
             fetch_some(&ahead);
         }
         if (w->average) {
-            at[FS_PARAM] = fs_load_in_memory_order(w->k, array, FS_PARAM, start, count, copy[FS_PARAM]);    /* rounded */
-            at[FS_AVERAGE] = fs_load_in_memory_order(w->k, array, FS_AVERAGE, start, count, copy[FS_AVERAGE]);
-            w->k->average(count, at[FS_AVERAGE], at[FS_PARAM], w->group->average_now);
-            fs_store_in_memory_order(w->k, array, FS_AVERAGE, start, count, at[FS_AVERAGE], FS_NO_KEY);
+            move_average(w, array, start, count, copy);
             fetch_some(&ahead);
         }
         if (w->clear) {

@@ -4,7 +4,7 @@
 #else
 #define _POSIX_C_SOURCE 200809L
 #endif
-#include "kernels.h"
+#include "team.h"
 
 #ifdef _OPENMP
 #include <omp.h>

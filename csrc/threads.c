@@ -3,7 +3,7 @@
  * The team size is always passed to the parallel region, never set process-wide, so that other OpenMP users in the process
  * are left alone. */
 #define _POSIX_C_SOURCE 200809L
-#include "kernels.h"
+#include "team.h"
 
 #include <pthread.h>
 #include <stdatomic.h>

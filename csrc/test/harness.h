@@ -4,6 +4,7 @@
 
 #define _GNU_SOURCE    /* mmap, fork, alarm */
 #include "kernels.h"
+#include "team.h"
 
 #include <float.h>
 #include <math.h>
