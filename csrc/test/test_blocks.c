@@ -232,7 +232,7 @@ void test_small_states(void)
     CHECK(hash == 0x0209f83a38bfce39);
     FOR_LEVELS(level)
         for (int k = 0; k < N_KINDS; k++)
-            for (int exponent = -120; exponent <= 120; exponent += 24) {
+            for (int exponent = -120; exponent <= (k ? 128 : 127); exponent += 31) {    /* a code bounds the last floats */
                 const fs_kernels *kernels = fs_kernels_of(level, FS_FLOAT32);
                 float values[FS_BLOCK], found[FS_BLOCK];
                 CONTEXT("level %s, kind %d, exponent %d", fs_level_name(level), k, exponent);
@@ -248,15 +248,19 @@ void test_small_states(void)
                     CHECK(error < kinds[k].coarseness * fabs((double)values[i]) + coarsest + kinds[k].finest);
                 }
             }
-    FOR_LEVELS(level) {    /* what rules divide by does not become 0 beside what is not, and zeros stay zeros */
+    FOR_LEVELS(level) {    /* what rules divide by is not 0 beside what is not; zeros stay zeros; all are nan by infinity */
         const fs_kernels *kernels = fs_kernels_of(level, FS_FLOAT32);
-        float values[FS_BLOCK] = {1}, found[FS_BLOCK], scale[FS_BLOCK / FS_SCALED] = {1};
+        float values[FS_BLOCK] = {1, [2 * FS_SCALED] = 1, [2 * FS_SCALED + 9] = INFINITY};
+        float found[FS_BLOCK], scale[FS_BLOCK / FS_SCALED] = {1};
         uint8_t codes[FS_BLOCK] = {0};
         const fs_state state = {.data = (char *)codes, .scales = scale, .dtype = FS_UINT8};
         store_small(kernels, values, &state, 0);
         kernels->load_small(FS_BLOCK, found, &state);
-        for (size_t i = 0; i < FS_BLOCK; i++)
+        for (size_t i = 0; i < FS_BLOCK; i++) {
             CHECK((found[i] > 0) == (i < FS_SCALED));
+            CHECK(isnan(found[i]) == (i / FS_SCALED == 2));
+            CHECK(codes[i] == 0 || i < FS_SCALED);
+        }
     }
 }
 
