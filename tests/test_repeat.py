@@ -81,6 +81,17 @@ def lr_there_and_back_with_a_state_dict_between(opt, grads):
     return {}
 
 
+def lr_there_and_back_beside_a_schedule_with_averages_between(opt, grads):
+    group = opt.param_groups[0]
+    group["weight_decay"] = lambda step: 0.1 * step
+    for _ in range(2):
+        opt.step(grads)
+    before, group["lr"] = group["lr"], 0.9
+    assert opt.averages == {}  # for which hyper-parameters are looked at
+    group["lr"] = before
+    return {}
+
+
 def callable_there_and_back(opt, grads):
     before = opt.param_groups[0]["lr"]
     opt.param_groups[0]["lr"] = lambda step: 0.75
@@ -156,7 +167,8 @@ def same(opt, grads):
 
 
 CHANGES = [
-    same, edit_lr, edit_every_group, make_lr_callable, lr_there_and_back_with_a_state_dict_between, callable_there_and_back,
+    same, edit_lr, edit_every_group, make_lr_callable, lr_there_and_back_with_a_state_dict_between,
+    lr_there_and_back_beside_a_schedule_with_averages_between, callable_there_and_back,
     clip_norm_there_and_back, make_clip_norm_callable, exchange_a_group, exchange_all_groups, add_a_kind_of_state,
     edit_nonfinite, edit_num_threads, scale, scale_by_an_integer, scale_by_numpy, clear, load,
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import functools
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -329,6 +329,7 @@ class Optimizer:
         # By group: its hyper-parameters as given, and checked, and which of them to look at anew for each step.
         self._resolved: dict[int, tuple[list[Any], dict[str, Any], list[str]]] = {}
         self._in_plan: list[dict[str, Any]] = []  # those the plan has
+        self._scheduled: list[list[str]] = []  # by group: which the plan is to be told before each step
         self._kernels: list[Kernel] = []
         self._kernel_by: dict[int, tuple[Kernel, dict[str, Any]]] = {}  # by place, with the hyper-parameters that decided
         self._part_of: list[int] = []
@@ -368,17 +369,17 @@ class Optimizer:
                 values = self._with({"convention": self.convention}, i, group, self._group_defaults, step)
                 self._resolved[i] = raw, values, [key for key in self._group_defaults if not is_constant(group[key])]
             else:
-                values = self._scheduled(i, group, step)
+                _, values, keys = known
+                values = self._with(values, i, group, keys, step)
             resolved.append(values)
         return resolved
 
-    def _scheduled(self, i: int, group: dict[str, Any], step: int) -> dict[str, Any]:
-        """The values of a group's hyper-parameters at this step, if nothing but schedules changes them."""
-        _, values, keys = self._resolved[i]
-        return self._with(values, i, group, keys, step) if keys else values
-
-    def _with(self, values: dict[str, Any], i: int, group: dict[str, Any], keys: Iterable[str], step: int) -> dict[str, Any]:
+    def _with(
+        self, values: dict[str, Any], i: int, group: Mapping[str, Any], keys: Collection[str], step: int
+    ) -> dict[str, Any]:
         """Hyper-parameters with those of a group at this step for some of them, checked."""
+        if not keys:
+            return values
         label = f"param_groups[{i}]." if self._params.is_grouped else ""
         now = {key: _hyper.resolve(key, group[key], step, label + key, self._lengths.get(key)) for key in keys}
         values = values | now
@@ -387,13 +388,14 @@ class Optimizer:
         return values
 
     def _follow_schedules(self) -> bool:
-        """Have the plan know the hyper-parameters of this step, if nothing but schedules changes them.
+        """Have the plan know the hyper-parameters of this step, if only schedules change what it was told to `remember`.
 
         Returns whether it still is the same plan.
         """
         plan = self._plan
-        step = plan.steps
-        self._prepare_plan([self._scheduled(i, group, step) for i, group in enumerate(self.param_groups)], step)
+        groups = enumerate(zip(self._in_plan, self.param_groups, self._scheduled))
+        values = [self._with(before, i, group, keys, plan.steps) for i, (before, group, keys) in groups]
+        self._prepare_plan(values, plan.steps)
         return self._plan is plan
 
     @classmethod
@@ -581,8 +583,8 @@ class Optimizer:
         stats = self._new_stats() if applied else None
         report = StepReport(steps + applied, applied, grad_norm, clip_factor, nonfinite, stats)
         if is_constant(self.clip_norm) and self._direction is None:
-            follows = any(keys for _, _, keys in self._resolved.values())
-            self._plan.remember(self.param_groups, self.clip_norm, self.nonfinite, self.num_threads, follows)
+            self._scheduled = [keys for _, _, keys in self._resolved.values()]
+            self._plan.remember(self.param_groups, self.clip_norm, self.nonfinite, self.num_threads, any(self._scheduled))
         rows = None if stats is None else stats.rows
         if applied and self._direction is not None and self.backend == "c":
             self._make_directions(grad_scale)
