@@ -176,6 +176,7 @@ INLINE uint32_t to_code(float x, float base, uint32_t random, uint32_t smallest,
     return (code > smallest ? code : smallest) | (float_bits(x) >> 24 & sign);
 }
 
+/* What a loop over FS_SCALED elements will meet later on. */
 INLINE void fetch_ahead(const void *data, size_t n, size_t item)
 {
     enum { AHEAD_OF_SCALED = 4 * FS_SCALED, LINE = 64 };
@@ -205,7 +206,7 @@ static __attribute__((noinline)) uint8_t to_last_code(float x, float base, uint3
 
 /* `param` is a block of float32. The parts are what the storage type can hold, still as float32, and the residual. */
 #define HALVES(dtype, to_float, from_float, at_random)                                                           \
-    TARGET static void FN(part_stochastic_##dtype)(size_t n, void *param_, void *residual, uint32_t key)      \
+    TARGET static void FN(part_stochastic_##dtype)(size_t n, void *param_, void *residual, uint32_t key)         \
     {                                                                                                            \
         float *restrict param = param_;                                                                          \
         (void)residual;                                                                                          \
@@ -219,7 +220,7 @@ static __attribute__((noinline)) uint8_t to_last_code(float x, float base, uint3
         for (size_t i = 0; i < n; i++)                                                                           \
             param[i] = param[i] + to_float(residual[i]);                                                         \
     }                                                                                                            \
-    TARGET static void FN(part_kahan_##dtype)(size_t n, void *param_, void *residual_, uint32_t key)         \
+    TARGET static void FN(part_kahan_##dtype)(size_t n, void *param_, void *residual_, uint32_t key)             \
     {                                                                                                            \
         float *restrict param = param_;                                                                          \
         uint16_t *restrict residual = residual_;                                                                 \
@@ -240,7 +241,7 @@ static __attribute__((noinline)) uint8_t to_last_code(float x, float base, uint3
         for (size_t i = 0; i < n; i++)                                                                           \
             param[i] = float_from_bits(float_bits(param[i]) + (uint32_t)(int32_t)residual[i]);                   \
     }                                                                                                            \
-    TARGET static void FN(part_split)(size_t n, void *param_, void *residual_, uint32_t key)                 \
+    TARGET static void FN(part_split)(size_t n, void *param_, void *residual_, uint32_t key)                     \
     {                                                                                                            \
         float *restrict param = param_;                                                                          \
         int16_t *restrict residual = residual_;                                                                  \
