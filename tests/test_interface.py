@@ -2,6 +2,7 @@
 
 import array as array_module
 import copy
+import doctest
 import inspect
 import re
 from types import SimpleNamespace
@@ -483,6 +484,16 @@ def test_kernels_have_the_references_signatures():
     for name in names:
         assert inspect.signature(getattr(kernels, name)) == inspect.signature(getattr(reference, name))
         assert getattr(kernels, name).__doc__.startswith(getattr(reference, name).__doc__)
+
+
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_kernels_are_documented(name):
+    kernel = getattr(kernels, name)
+    described = kernel.__doc__[: kernel.__doc__.index("Raises\n")]
+    for parameter in inspect.signature(kernel).parameters:
+        assert any(before + parameter in described for before in ("\n    ", "\n    **", ", "))
+    example = doctest.DocTestParser().get_doctest(kernel.__doc__, {}, name, None, 0)
+    assert doctest.DocTestRunner().run(example) == (0, 5)  # failed, of so many
 
 
 def test_wrong_number_of_groups():

@@ -136,8 +136,70 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         )
         plan.update(True, False)
 
-    kernel.__doc__ = f"{rule.__doc__}\n\n    For arrays, what changes and errors see :mod:`fusedstep.kernels`.\n    "
+    kernel.__doc__ = documentation(optimizer, signature, state_names, hyper_names, defaults)
     return kernel
+
+
+DOCUMENTATION = """{summary}
+
+    Parameters
+    ----------
+    param : ndarray
+        Changed in place. Of float32, float64, float16 or bfloat16, in any layout.
+    grad : ndarray
+        Of the same shape, and any of these types.
+    {states}
+    step : int
+        The number of this step, from 1.
+    {hyper}
+        As those of :class:`fusedstep.{optimizer}`, but numbers.
+    **stages
+        What comes before and after the rule: :class:`fusedstep.reference.stages.Stages` has their names, and says what they
+        do in which order.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not what it should be: see :mod:`fusedstep.kernels`. Nothing has changed then.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w, g = np.ones((2, 3)), np.full((2, 3), 0.5)
+    >>> states = {{{example}}}
+    >>> fs.kernels.{name}(w, g, **states, step=1, lr=0.25)
+    >>> bool(w.max() < 1)
+    True
+    """
+SHAPES = {
+    (2, 3): "of the shape of `param`, float64 if that is, else float32",
+    (2, 1): "of the shape of `param` with a last axis of length 1, float64 if that is, else float32",
+    (1, 3): "of the shape of `param` with a last but one axis of length 1, float64 if that is, else float32",
+    (): "a float64 of shape ()",
+}
+
+
+def documentation(
+    optimizer: type[Optimizer], signature: inspect.Signature, states: list[str], hyper: list[str], defaults: dict[str, Any]
+) -> str:
+    """The docstring of a kernel."""
+    lines, example = [], []
+    needed = (*optimizer._states(defaults), *optimizer._numbers)
+    for name in states:
+        shape = () if name in optimizer._numbers else shape_of(name, (2, 3))
+        optional = ", optional" if signature.parameters[name].default is None else ""
+        lines += [f"{name} : ndarray{optional}", f"    State, changed in place: {SHAPES[shape]}."]
+        if name in needed:
+            fill = optimizer._initial_state(name, defaults)
+            example.append(f'"{name}": ' + ("w.copy()" if fill is None else f"np.full({shape}, {fill})"))
+    return DOCUMENTATION.format(
+        summary=optimizer._rule.__doc__,
+        states="\n    ".join(lines),
+        hyper=", ".join(hyper),
+        optimizer=optimizer.__name__,
+        example=", ".join(example),
+        name=optimizer._rule.__name__,
+    )
 
 
 def refuse(signature: inspect.Signature, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
