@@ -524,6 +524,15 @@ class Optimizer:
             If a gradient holds inf or nan and ``nonfinite="raise"``.
         TypeError, ValueError
             If a gradient or hyper-parameter is not what it should be. Nothing has changed then.
+
+        Examples
+        --------
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.zeros(2)
+        >>> opt = fs.SGD(w, lr=1.0)
+        >>> report = opt.step(np.array([3.0, 4.0]))
+        >>> w, report.step, report.grad_norm
+        (array([-3., -4.]), 1, 5.0)
         """
         report: StepReport | None = self._plan.repeat(self._lock, self, grads, grad_scale, zero_grads, StepReport)
         if report is None:
@@ -684,7 +693,29 @@ class Optimizer:
     def bind(self, grads: Any) -> None:
         """Use these gradient arrays from now on: later calls of :meth:`step` without gradients read what they then hold.
 
-        A step keeps the arrays it was given until it is given others, and so does this. With None it lets go of them.
+        A step keeps the arrays it was given until it is given others, and so does this.
+
+        Parameters
+        ----------
+        grads : same structure as `params`, or None
+            As for :meth:`step`; None lets go of those there are.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a gradient is not what it should be. Nothing has changed then.
+
+        Examples
+        --------
+        >>> import numpy as np, fusedstep as fs
+        >>> w, g = np.zeros(2), np.zeros(2)
+        >>> opt = fs.SGD(w, lr=1.0)
+        >>> opt.bind(g)
+        >>> g[:] = [1.0, 2.0]
+        >>> opt.step().step
+        1
+        >>> w
+        array([-1., -2.])
         """
         with self._lock:
             if grads is None:
@@ -754,6 +785,18 @@ class Optimizer:
         ------
         ValueError
             If none has an average.
+
+        Examples
+        --------
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.zeros(1)
+        >>> opt = fs.SGD(w, lr=1.0, ema_decay=0.5)
+        >>> _ = opt.step(np.ones(1))
+        >>> with opt.averaged():
+        ...     print(w)
+        [-0.5]
+        >>> w
+        array([-1.])
         """
         restore = None
         try:
@@ -816,6 +859,16 @@ class Optimizer:
         ------
         TypeError, ValueError
             If rule, convention, version, names, shapes or dtypes do not fit. Nothing has changed then.
+
+        Examples
+        --------
+        >>> import numpy as np, fusedstep as fs
+        >>> opt = fs.SGD({"w": np.zeros(2)}, lr=1.0, momentum=0.5)
+        >>> _ = opt.step({"w": np.ones(2)})
+        >>> other = fs.SGD({"w": np.zeros(2)}, lr=1.0, momentum=0.5)
+        >>> other.load_state_dict(opt.state_dict())
+        >>> other.steps, other.state["w"]["momentum_buffer"]
+        (1, array([1., 1.]))
         """
         with self._lock:
             assign(saving.loading(self, state_dict, strict))
