@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from . import _extension, _hyper
 
@@ -58,17 +57,22 @@ def threads(n: int | None) -> Iterator[None]:
 
 _chosen: int | None = None
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP = "/sys/fs/cgroup"
+
+
+def read(name: str) -> str:
+    with open(os.path.join(CGROUP, name)) as file:  # pathlib would be a tenth of what importing this package takes
+        return file.read()
 
 
 def cgroup_cpus() -> int | None:
     """CPUs this process's container may use, rounded up; None if there is no quota."""
     try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()[:2]
+        quota, period = read("cpu.max").split()[:2]
     except (OSError, ValueError):
         try:
-            quota = (CGROUP / "cpu/cpu.cfs_quota_us").read_text()
-            period = (CGROUP / "cpu/cpu.cfs_period_us").read_text()
+            quota = read("cpu/cpu.cfs_quota_us")
+            period = read("cpu/cpu.cfs_period_us")
         except OSError:
             return None
     try:
