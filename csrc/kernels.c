@@ -8,6 +8,7 @@
  * Conversions without branches, so that loops over them vectorise. Equal to NumPy's and ml_dtypes' bit for bit. */
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline))
 
 INLINE uint32_t float_bits(float x)
 {
@@ -133,28 +134,29 @@ enum { SIDE = 16, AHEAD = 32 };
         }                                                                                                        \
     }
 
-/* ---- Small states --------------------------------------------------------------------------------------------------- */
+/* ---- Small states ------------------------------------------------------------------------------------------------------ */
 
-/* Random bits of a key: a fraction of the distance to the next value, for a number to be rounded up from there on. */
 INLINE uint32_t random_bits(uint32_t key)
 {
     key = (key ^ key >> 16) * 0x7feb352du;
     return (key ^ key >> 15) * 0x846ca68bu;
 }
 
-INLINE uint16_t float32_to_bfloat16_at_random(float x, uint32_t random)
+/* To be rounded at random is to be rounded up if what is lost, of the distance to the next value, and a random fraction of
+ * 2^20 make a whole. */
+INLINE uint16_t float32_to_bfloat16_at_random(float x, uint32_t fraction)
 {
-    const uint32_t bits = float_bits(x);
-    return (uint16_t)((x != x ? bits | 0x400000 : bits + (random >> 16)) >> 16);    /* infinity has no digits to carry */
+    const uint32_t up = x != x ? 0 : fraction >> 4, quiet = x != x ? 0x400000 : 0;    /* infinity has nothing to carry */
+    return (uint16_t)(((float_bits(x) + up) | quiet) >> 16);
 }
 
-INLINE uint16_t float32_to_float16_at_random(float x, uint32_t random)
+INLINE uint16_t float32_to_float16_at_random(float x, uint32_t fraction)
 {
     const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
     const bool is_subnormal = magnitude < 0x38800000;
-    const uint32_t normal = (magnitude - (112u << 23) + (random >> 19)) >> 13;
-    const float multiple = float_from_bits(is_subnormal ? magnitude : 0) * 0x1p24f;
-    const uint32_t subnormal = (uint32_t)(int32_t)(multiple + (float)(int32_t)(random >> 19) * 0x1p-13f);
+    const uint32_t normal = (magnitude - (112u << 23) + (fraction >> 7)) >> 13;
+    const float multiple = float_from_bits(is_subnormal ? magnitude : 0) * 0x1p37f;    /* of 2^-13 of 2^-24 */
+    const uint32_t subnormal = ((uint32_t)(int32_t)multiple + (fraction >> 7)) >> 13;
     const uint32_t half = is_subnormal ? subnormal : normal;
     return (uint16_t)(magnitude >= 0x477fe000 ? float32_to_float16(x) : half | sign);    /* from the largest on */
 }
@@ -162,18 +164,19 @@ INLINE uint16_t float32_to_float16_at_random(float x, uint32_t random)
 /* A code is what the upper bits, 3 of them mantissa, of a magnitude plus a base have more than those of the base: steps of
  * an eighth of it from 0 on, which double whenever the sum does. The base is `least` times a scale, a power of two of which
  * the largest of FS_SCALED elements is 7/8 to 7/4 times; least = 2^-31 makes codes of 8 bits, 2^-15 of 7 beside a `sign`,
- * the bit of negative numbers, which to be read is in all bits above, too. */
+ * the bit of negative numbers, which to be read is in all bits above, too. Differences of bytes take fewer operations. */
 INLINE float from_code(uint32_t code, float base, uint32_t sign)
 {
     const float magnitude = float_from_bits((code << 20 & (0xff ^ sign) << 20) + float_bits(base)) - base;
     return float_from_bits(float_bits(magnitude) | (code & sign << 24));
 }
 
-INLINE uint32_t to_code(float x, float base, uint32_t random, uint32_t smallest, uint32_t sign)
+INLINE uint8_t to_code(float x, float base, uint32_t fraction, uint8_t smallest, uint32_t sign)
 {
     const float magnitude = float_from_bits(float_bits(x) & 0x7fffffff);
-    const uint32_t code = (float_bits(magnitude + base) - float_bits(base) + (random >> 12)) >> 20;
-    return (code > smallest ? code : smallest) | (float_bits(x) >> 24 & sign);
+    const uint32_t sum = float_bits(magnitude + base) + fraction;
+    const uint8_t code = (uint8_t)((uint8_t)(sum >> 20) - (uint8_t)(float_bits(base) >> 20));
+    return sign ? code | (float_bits(x) >> 24 & sign) : code > smallest ? code : smallest;
 }
 
 /* What a loop over FS_SCALED elements will meet later on. */
@@ -196,9 +199,10 @@ static float scale_of(uint32_t largest, float least)
 /* Of elements above 7/4 times the highest scale: the last code that there is; or, of those beside what is not finite, 0. */
 static const uint32_t LAST_TO_FIT = 0x7f600000;
 
-static __attribute__((noinline)) uint8_t to_last_code(float x, float base, uint32_t random, uint32_t sign, bool finite)
+NOINLINE uint8_t to_last_code(float x, float base, uint32_t fraction, uint32_t sign, bool finite)
 {
-    const uint32_t code = to_code(float_from_bits(float_bits(x) & 0x7fffffff), base, random, 0, 0), last = 0xff ^ sign;
+    const float magnitude = float_from_bits(float_bits(x) & 0x7fffffff);
+    const uint32_t code = (float_bits(magnitude + base) + fraction - float_bits(base)) >> 20, last = 0xff ^ sign;
     return finite ? (uint8_t)((code < last ? code : last) | (float_bits(x) >> 24 & sign)) : 0;
 }
 
@@ -208,10 +212,14 @@ static __attribute__((noinline)) uint8_t to_last_code(float x, float base, uint3
 #define HALVES(dtype, to_float, from_float, at_random)                                                           \
     TARGET static void FN(part_stochastic_##dtype)(size_t n, void *param_, void *residual, uint32_t key)         \
     {                                                                                                            \
-        float *restrict param = param_;                                                                          \
+        _Alignas(64) uint32_t fraction[FS_SCALED];                                                               \
         (void)residual;                                                                                          \
-        for (size_t i = 0; i < n; i++, key += FS_BETWEEN_KEYS)                                                   \
-            param[i] = to_float(at_random(param[i], random_bits(key)));                                          \
+        for (size_t start = 0; start < n; start += FS_SCALED, key += FS_SCALED * FS_BETWEEN_KEYS) {              \
+            float *restrict param = (float *)param_ + start;                                                     \
+            FN(random_fractions)(fraction, key);                                                                 \
+            for (size_t i = 0; i < min_size(n - start, FS_SCALED); i++)                                          \
+                param[i] = to_float(at_random(param[i], fraction[i]));                                           \
+        }                                                                                                        \
     }                                                                                                            \
     TARGET static void FN(join_kahan_##dtype)(size_t n, void *param_, const void *residual_)                     \
     {                                                                                                            \

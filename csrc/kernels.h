@@ -45,10 +45,11 @@ typedef void fs_rule(size_t n, void *param, const void *grad, void *const *state
  * before. */
 #define FS_BETWEEN_KEYS 0x9e3779b9u
 
-/* The states of a block: each in a small type or, like all else, in the compute type. Two small ones share the random bits
- * that they are rounded with, those of a key. */
+/* The states of a block: each in a small type or, like all else, in the compute type. An element's small states are rounded
+ * with the same random fraction. Two elements, half of FS_SCALED apart, share the bits of a key: its first half is of the
+ * keys from `key` on. */
 typedef struct { char *data; float *scales; fs_dtype dtype; } fs_state;
-typedef struct { int n_states; fs_state state[FS_MAX_STATES]; uint32_t key[FS_MAX_STATES / 2]; } fs_small;
+typedef struct { int n_states; fs_state state[FS_MAX_STATES]; uint32_t key; } fs_small;
 
 /* `real` below is the table's compute type. Runs are contiguous and do not overlap. */
 typedef struct {

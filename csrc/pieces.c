@@ -11,13 +11,12 @@ static unsigned long long mix(unsigned long long z)
     return z ^ z >> 31;
 }
 
-/* The keys of random bits: an array's, by seed, step and array; and an element's, by that and what they are for: pairs of
- * states, 0 and 1, or the parameter. */
-enum { FOR_PARAM = 2 };
+/* The keys of random bits: an array's, by seed, step and array; and an element's, by that and what they are for. */
+enum { FOR_STATES, FOR_PARAM };
 
 static unsigned long long array_key(const fs_plan *plan, size_t array)
 {
-    return mix(mix(plan->seed) + (unsigned long long)plan->step) + 4 * array;
+    return mix(mix(plan->seed) + (unsigned long long)plan->step) + 2 * array;
 }
 
 static uint32_t key_at(unsigned long long array_key, int use, size_t start)
@@ -131,11 +130,10 @@ static void count_zeros(const fs_work *w, const fs_plan *plan, size_t i, size_t 
 /* The states of a block: small ones where they lie, others where they have been brought. */
 static fs_small small_states(const fs_work *w, const fs_array *array, unsigned long long key, size_t start, void *const *at)
 {
-    fs_small small = {.n_states = w->n_operands - FS_STATE};
+    fs_small small = {.n_states = w->n_operands - FS_STATE, .key = key_at(key, FOR_STATES, start)};
     for (int s = 0; s < small.n_states; s++) {
         const fs_state plain = {.data = at[FS_STATE + s], .dtype = array->real};
         small.state[s] = array->operand[FS_STATE + s].is_packed ? fs_packed_state(array, FS_STATE + s, start) : plain;
-        small.key[s / 2] = key_at(key, s / 2, start);
     }
     return small;
 }

@@ -15,7 +15,7 @@ from .. import _arrays
 from .._arrays import Change, assign
 from ..state import Operands
 from .stages import Stages, adaptive_factors, clip, load_gradient, move_average
-from .storage import PARAM, compute_dtype, is_small, join, load_state, part, random_fractions, store_state
+from .storage import FOR_PARAM, FOR_STATES, compute_dtype, is_small, join, load_state, part, random_fractions, store_state
 from .sums import clip_factor, combine, combine_clipped, ldexp, pairwise_sum, scaled_sum_squares, sum_squares
 
 Array = NDArray[Any]
@@ -174,20 +174,20 @@ class ReferencePlan:
         real = compute_dtype(param.dtype)
         axes, step = self._axes(i), self.steps + 1
 
-        def random(number: int) -> Array:
-            return random_fractions(self.seed, step, i, number, param.size)
+        def random(use: int) -> Array:
+            return random_fractions(self.seed, step, i, use, param.size)
 
         before, exact, exact_states, new_numbers = self._applied(i, over_all)
         new_param, new_residual = param.copy(), None if residual is None else residual.copy()
-        bits = _arrays.shaped(random(PARAM), param.shape, axes) if low_precision == "stochastic" else None
+        bits = _arrays.shaped(random(FOR_PARAM), param.shape, axes) if low_precision == "stochastic" else None
         part(exact, new_param, low_precision, new_residual, bits)
         changes: list[Change] = [(param, ..., new_param), *((old, ..., new) for old, new in zip(numbers, new_numbers))]
         if residual is not None:
             changes.append((residual, ..., new_residual))
-        for number, (state, own_scales, new) in enumerate(zip(states, scales or (None,) * len(states), exact_states)):
+        for state, own_scales, new in zip(states, scales or (None,) * len(states), exact_states):
             if is_small(state.dtype):
                 new_state, new_scales = state.copy(), None if own_scales is None else own_scales.copy()
-                store_state(new, new_state, new_scales, axes, random(number))
+                store_state(new, new_state, new_scales, axes, random(FOR_STATES))
                 changes += [(state, ..., new_state), *([] if own_scales is None else [(own_scales, ..., new_scales)])]
             else:
                 changes.append((state, ..., new))

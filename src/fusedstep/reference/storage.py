@@ -41,24 +41,25 @@ def mix(z: int | Array) -> Any:
     return z ^ z >> 31
 
 
-PARAM = 5
-"""For `random_fractions`, the number of the parameter itself: above those of states, and odd, for all of the bits."""
+FOR_STATES, FOR_PARAM = 0, 1
+"""What fractions are for: an element's states share one, which is not that of the parameter."""
 
 
-def random_fractions(seed: int, step: int, array: int, state: int, size: int) -> Array:
-    """A random fraction of 2**32 for each element of a state, by seed, step, numbers of array and state, and place.
+def random_fractions(seed: int, step: int, array: int, use: int, size: int) -> Array:
+    """A random fraction of 2**20 for each element of an array, by seed, step, number of the array, use and place.
 
-    Two states have the upper and lower halves of the same 32 bits. A number is rounded up if this and what is lost make 1.
+    A number is rounded up if this and what is lost make 1. Two elements, half of SCALED apart, share 32 bits: one has the
+    lower of them, the other one the upper.
     """
-    first = mix(mix(mix(seed) + step) + 4 * array + state // 2)
+    first = mix(mix(mix(seed) + step) + 2 * array + use)
     keys = np.array(
         [mix((first + block) & 0xFFFFFFFFFFFFFFFF) & 0xFFFFFFFF for block in range(-(-size // BLOCK))], np.uint32
     )
-    x = (keys[:, None] + np.arange(BLOCK, dtype=np.uint32) * np.uint32(0x9E3779B9)).reshape(-1)[:size]
+    place = np.arange(BLOCK, dtype=np.uint32).reshape(-1, SCALED)[:, : SCALED // 2]
+    x = keys[:, None, None] + place * np.uint32(0x9E3779B9)
     x = (x ^ x >> 16) * np.uint32(0x7FEB352D)
     x = (x ^ x >> 15) * np.uint32(0x846CA68B)
-    fractions: Array = x if state % 2 else x << 16
-    return fractions
+    return np.concatenate([x & 0xFFFFF, x >> 12], axis=2).reshape(-1)[:size]
 
 
 def load_state(state: Array, scales: Array | None, axes: list[int], dtype: np.dtype[Any]) -> Array:
@@ -71,7 +72,7 @@ def load_state(state: Array, scales: Array | None, axes: list[int], dtype: np.dt
 def store_state(values: Array, state: Array, scales: Array | None, axes: list[int], random: Array | None = None) -> None:
     """The reverse for a small state; by default each value goes to the nearest."""
     if random is None:
-        random = np.full(values.size, 0x80000000, np.uint32)
+        random = np.full(values.size, 0x80000, np.uint32)
     with np.errstate(all="ignore"):
         elements = flat(values, axes).astype(np.float32)
     codes = np.empty(state.size, state.dtype)
@@ -95,7 +96,7 @@ def load_small(state: Array, scales: Array | None) -> Array:
 def store_small(values: Array, state: Array, scales: Array | None, random: Array) -> None:
     """Round flat float32 values into a flat small state: up as often as the distance to the value below calls for.
 
-    ``random`` has a fraction of 2**32 for each; half of that rounds to the nearest. In a state that cannot be negative, by
+    ``random`` has a fraction of 2**20 for each; half of that rounds to the nearest. In a state that cannot be negative, by
     which rules divide, nothing becomes 0 beside what is not. Neighbours of what is not finite become nan.
     """
     if scales is None:
@@ -110,7 +111,7 @@ def store_small(values: Array, state: Array, scales: Array | None, random: Array
     base, finite_too, any_too = (np.repeat(x, SCALED)[: values.size] for x in (least * scale, finite, largest > 0))
     with np.errstate(all="ignore"):
         sums = magnitude.view(np.float32) + base
-    code = np.minimum((sums.view(np.uint32) - base.view(np.uint32) + (random >> 12)) >> 20, 0x7F if is_signed else 0xFF)
+    code = np.minimum((sums.view(np.uint32) - base.view(np.uint32) + random) >> 20, 0x7F if is_signed else 0xFF)
     code = code | bits >> 24 & 0x80 if is_signed else np.maximum(code, any_too)
     state.view(np.uint8)[:] = np.where(finite_too, code, 0)
     scales[:] = np.where(finite, scale, np.float32(np.nan))
@@ -120,7 +121,7 @@ def bfloat16_at_random(values: Array, random: Array) -> Array:
     """The bits of the bfloat16 that float32 values are rounded to."""
     bits = values.view(np.uint32)
     magnitude = bits & 0x7FFFFFFF
-    rounded = np.where(magnitude >= 0x7F800000, bits, bits + (random >> 16))
+    rounded = np.where(magnitude >= 0x7F800000, bits, bits + (random >> 4))
     return rounded >> 16 | np.where(magnitude > 0x7F800000, np.uint32(0x40), np.uint32(0))
 
 
@@ -129,9 +130,9 @@ def float16_at_random(values: Array, random: Array) -> Array:
     bits = values.view(np.uint32)
     magnitude, sign = bits & 0x7FFFFFFF, bits >> 16 & 0x8000
     is_subnormal = magnitude < 0x38800000
-    normal = (magnitude - np.uint32(112 << 23) + (random >> 19)) >> 13
-    multiple = np.where(is_subnormal, magnitude, 0).astype(np.uint32).view(np.float32) * np.float32(2.0**24)
-    subnormal = (multiple + (random >> 19).astype(np.float32) * np.float32(2.0**-13)).astype(np.uint32)
+    normal = (magnitude - np.uint32(112 << 23) + (random >> 7)) >> 13
+    multiple = np.where(is_subnormal, magnitude, 0).astype(np.uint32).view(np.float32) * np.float32(2.0**37)
+    subnormal = (multiple.astype(np.uint32) + (random >> 7)) >> 13
     with np.errstate(all="ignore"):
         nearest = values.astype(np.float16).view(np.uint16)
     return np.where(magnitude >= 0x477FE000, nearest, np.where(is_subnormal, subnormal, normal) | sign)
@@ -151,7 +152,7 @@ def join(param: Array, low_precision: str, residual: Array | None) -> Array:
 
 
 def part(exact: Array, param: Array, low_precision: str, residual: Array | None, random: Array | None) -> None:
-    """The reverse. ``random`` has a fraction of 2**32 for each element, of which only ``stochastic`` makes use."""
+    """The reverse. ``random`` has a fraction of 2**20 for each element, of which only ``stochastic`` makes use."""
     with np.errstate(all="ignore"):
         if low_precision == "stochastic" and random is not None:
             at_random = float16_at_random if param.dtype == np.float16 else bfloat16_at_random
