@@ -277,12 +277,44 @@ static void part_master(size_t n, void *param, void *residual, uint32_t key)
 #define RULE(name)   static inline __attribute__((always_inline)) void FN(name##_element)
 #define HELPER(name) static inline __attribute__((always_inline)) real FN(name)
 
-/* To be said before a loop: of many arrays GCC does not believe it by `restrict`, and would test each pair or give up. */
+/* To be said before a loop: of many arrays GCC does not believe it by `restrict`, and would test each pair or give up. And of
+ * a short loop, that it is to become one in vectors before it is unrolled. */
 #ifdef __clang__
 #define ELEMENTS_ARE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#define IN_ONE_GO ELEMENTS_ARE_INDEPENDENT
 #else
 #define ELEMENTS_ARE_INDEPENDENT _Pragma("GCC ivdep")
+#define IN_ONE_GO ELEMENTS_ARE_INDEPENDENT _Pragma("GCC unroll 1")
 #endif
+
+/* What is done to each of n elements. */
+#define EACH_IN_TURN(i, n, ...)                                                                                  \
+    ELEMENTS_ARE_INDEPENDENT                                                                                     \
+    for (size_t i = 0; i < n; i++)                                                                               \
+        __VA_ARGS__
+
+/* The same where compilers can mask the rest, which does not fill a register: one by one, a dozen square roots and divisions
+ * take as long as sixty in registers. */
+#define EACH_IN_REGISTERS(i, n, ...)                                                                             \
+    {                                                                                                            \
+        enum { WIDTH = 64 / sizeof(real) };                                                                      \
+        const size_t rest = n % WIDTH, whole = n - rest;                                                         \
+        for (size_t start = 0; start < whole; start += WIDTH) {                                                  \
+            IN_ONE_GO                                                                                            \
+            for (size_t lane = 0; lane < WIDTH; lane++) {                                                        \
+                const size_t i = start + lane;                                                                   \
+                __VA_ARGS__                                                                                      \
+            }                                                                                                    \
+        }                                                                                                        \
+        if (rest > 0) {                                                                                          \
+            IN_ONE_GO                                                                                            \
+            for (size_t lane = 0; lane < WIDTH; lane++)                                                          \
+                if (lane < rest) {                                                                               \
+                    const size_t i = whole + lane;                                                               \
+                    __VA_ARGS__                                                                                  \
+                }                                                                                                \
+        }                                                                                                        \
+    }
 
 /* The loop around a rule, by its number of states. */
 #define LOOP(name, family, n_states)                                                                             \
@@ -294,12 +326,11 @@ static void part_master(size_t n, void *param, void *residual, uint32_t key)
         real *restrict param = param_;                                                                           \
         const real *restrict grad = grad_;                                                                       \
         LOOP_POINTERS_##n_states                                                                                 \
-        ELEMENTS_ARE_INDEPENDENT                                                                                 \
-        for (size_t i = 0; i < n; i++) {                                                                         \
+        EACH(i, n, {                                                                                             \
             real p = param[i] * decay, g = grad[i] * factor;                                                     \
             LOOP_BODY_##n_states(FN(name##_element))                                                             \
             param[i] = p;                                                                                        \
-        }                                                                                                        \
+        })                                                                                                       \
     }
 
 #define LOOP_POINTERS_0 (void)state;
@@ -345,6 +376,13 @@ static void part_master(size_t n, void *param, void *residual, uint32_t key)
         from = to;                                                                                               \
     }
 
+/* ---- Sums ----------------------------------------------------------------------------------------------------------- */
+
+_Static_assert(FS_LANES == 16, "folded by 8, 4, 2 and 1");
+#define FOLD(lane, half)                                                                                         \
+    for (int l = 0; l < half; l++)                                                                               \
+        lane[l] += lane[l + half];
+
 /* ---- The tables --------------------------------------------------------------------------------------------------- */
 
 #define real float
@@ -352,12 +390,14 @@ static void part_master(size_t n, void *param, void *residual, uint32_t key)
 #define SQRT __builtin_sqrtf
 #define TARGET
 #define FN(name) name##_float32_baseline
+#define EACH EACH_IN_TURN
 #include "kernels.inc"
 
 #define real double
 #define SQRT __builtin_sqrt
 #define TARGET
 #define FN(name) name##_float64_baseline
+#define EACH EACH_IN_TURN
 #include "kernels.inc"
 
 #ifdef __x86_64__
@@ -375,12 +415,14 @@ static void part_master(size_t n, void *param, void *residual, uint32_t key)
 #define SQRT __builtin_sqrtf
 #define TARGET TARGET_AVX2
 #define FN(name) name##_float32_avx2
+#define EACH EACH_IN_TURN
 #include "kernels.inc"
 
 #define real double
 #define SQRT __builtin_sqrt
 #define TARGET TARGET_AVX2
 #define FN(name) name##_float64_avx2
+#define EACH EACH_IN_TURN
 #include "kernels.inc"
 
 #define real float
@@ -388,12 +430,14 @@ static void part_master(size_t n, void *param, void *residual, uint32_t key)
 #define SQRT __builtin_sqrtf
 #define TARGET TARGET_AVX512
 #define FN(name) name##_float32_avx512
+#define EACH EACH_IN_REGISTERS
 #include "kernels.inc"
 
 #define real double
 #define SQRT __builtin_sqrt
 #define TARGET TARGET_AVX512
 #define FN(name) name##_float64_avx512
+#define EACH EACH_IN_REGISTERS
 #include "kernels.inc"
 #endif
 
