@@ -88,9 +88,12 @@ typedef struct { size_t size, chunk, n_chunks; ptrdiff_t stride[FS_N_PLACES]; } 
 typedef struct {
     size_t size;
     fs_dtype real;                 /* compute type */
-    size_t item;                   /* its size */
     int group;
+    size_t item;                   /* size of the compute type */
     int n_dims;
+    bool is_dense;                 /* all operands lie in one order, without gaps */
+    bool is_run;                   /* and are of the compute type, to be used where they lie */
+    bool in_blocks;                /* to be updated FS_BLOCK by FS_BLOCK: some operand is packed, or sums are made */
     ptrdiff_t *shape;
     fs_operand operand[FS_N_PLACES];
     void *number[FS_MAX_NUMBERS];  /* where the doubles lie that the rule keeps from step to step; perhaps not aligned */
@@ -104,9 +107,6 @@ typedef struct {
     int n_loops, across;           /* a tile extends along the last loop, and across this one */
     fs_loop *loops;
     size_t n_blocks, blocks_per_tile, n_tiles;
-    bool is_dense;                 /* in one order, without gaps */
-    bool is_run;                   /* and all operands are of the compute type, to be used where they lie */
-    bool in_blocks;                /* to be updated FS_BLOCK by FS_BLOCK: some operand is packed, or sums are made */
     fs_rounding rounding;
     /* Units of which the norms are limited: slices with the same indices along these dimensions. */
     bool *counts_units;            /* by dimension */
@@ -181,7 +181,8 @@ typedef struct {
 
 typedef struct {
     bool applied;                  /* whether the gradients may be used */
-    bool has_norm;
+    bool has_norm;                 /* whether they were measured, and */
+    bool is_finite;                /* nothing else than finite numbers was found */
     double grad_norm;
     double clip_factor;            /* the smallest factor that the norms call for in any array; 1 for none */
 } fs_report;

@@ -92,19 +92,10 @@ static void count_nonfinite(const fs_pass *pass, const fs_array *array, size_t *
     }
 }
 
-static void finish_array_sum(const fs_pass *pass, size_t i)
+static void finish_unusual_sum(const fs_pass *pass, size_t i)
 {
-    fs_plan *plan = pass->plan;
-    const fs_array *array = &plan->arrays[i];
-    fs_norm *norm = &plan->norms[i];
-    double *sums = plan->block_sums + plan->first_block[i];
-    norm->sum_squares = fs_pairwise_sum(sums, plan->first_block[i + 1] - plan->first_block[i]);
-    norm->exponent = 0;
-    norm->n_nonfinite = 0;
-    if (array->real == FS_FLOAT32 ? isfinite(norm->sum_squares)
-                                  : norm->sum_squares >= SMALL_SUM && norm->sum_squares <= BIG_SUM)
-        return;
-
+    const fs_array *array = &pass->plan->arrays[i];
+    fs_norm *norm = &pass->plan->norms[i];
     fs_tile tile;
     const bool zero = pass->options->nonfinite == FS_NONFINITE_ZERO;
     if (!isfinite(norm->sum_squares)) {
@@ -119,6 +110,19 @@ static void finish_array_sum(const fs_pass *pass, size_t i)
     norm->exponent = fs_rescue_exponent(norm->sum_squares);
     if (norm->exponent != 0)
         norm->sum_squares = scaled_sum(pass, i, zero, ldexp(1.0, -norm->exponent), &tile);
+}
+
+static void finish_array_sum(const fs_pass *pass, size_t i)
+{
+    fs_plan *plan = pass->plan;
+    fs_norm *norm = &plan->norms[i];
+    double *sums = plan->block_sums + plan->first_block[i];
+    norm->sum_squares = fs_pairwise_sum(sums, plan->first_block[i + 1] - plan->first_block[i]);
+    norm->exponent = 0;
+    norm->n_nonfinite = 0;
+    if (plan->arrays[i].real == FS_FLOAT32 ? !isfinite(norm->sum_squares)
+                                           : !(norm->sum_squares >= SMALL_SUM && norm->sum_squares <= BIG_SUM))
+        finish_unusual_sum(pass, i);
 }
 
 double fs_clip_factor(double root, int exponent, double max_norm, double eps)
@@ -149,7 +153,7 @@ static void combine_arrays(fs_plan *plan, double *root, int *exponent)
     *root = sqrt(fs_pairwise_sum(plan->array_sums, plan->n_arrays));
 }
 
-/* The same with each array's norm first scaled by its clip_factor, which can be as tiny as the norm was large. What still
+/* The same with each array's norm first scaled by its own factor, which can be as tiny as the norm was large. What still
  * vanishes when squared is too small to be clipped. */
 static void combine_clipped_arrays(fs_plan *plan, double *root, int *exponent)
 {
@@ -169,69 +173,59 @@ static void combine_clipped_arrays(fs_plan *plan, double *root, int *exponent)
     *root = sqrt(fs_pairwise_sum(plan->array_sums, plan->n_arrays));
 }
 
-/* Norms and clip factors of all arrays. Returns whether every gradient is finite. */
-static bool norm_pass(fs_plan *plan, const fs_options *options, fs_report *report)
+static void measure_norms(fs_plan *plan, const fs_options *options, fs_report *report, double *root, int *exponent)
 {
     fs_pass pass = fs_make_pass(plan, options);
-    double root;
-    int exponent;
-    bool finite = true, clips_arrays = false;
-    const double eps = options->clip_eps;
     pass.work = sum_work;
     fs_run_pass(&pass);
+    report->has_norm = true;
     for (size_t i = 0; i < plan->n_arrays; i++) {
         finish_array_sum(&pass, i);
-        plan->clip_factors[i] = 1.0;
-        finite = finite && plan->norms[i].n_nonfinite == 0;
+        report->is_finite = report->is_finite && plan->norms[i].n_nonfinite == 0;
     }
-    combine_arrays(plan, &root, &exponent);
-    report->has_norm = true;
-    report->grad_norm = ldexp(root, exponent);
-
-    for (size_t i = 0; i < plan->n_arrays; i++) {
-        const fs_norm *norm = &plan->norms[i];
-        const double max_norm = plan->groups[plan->arrays[i].group].clip_norm_per_array;
-        if (max_norm < INFINITY) {
-            plan->clip_factors[i] = fs_clip_factor(sqrt(norm->sum_squares), norm->exponent, max_norm, eps);
-            clips_arrays = true;
-        }
-    }
-    if (options->clip_norm < INFINITY) {
-        if (clips_arrays)
-            combine_clipped_arrays(plan, &root, &exponent);
-        const double factor = fs_clip_factor(root, exponent, options->clip_norm, eps);
-        for (size_t i = 0; i < plan->n_arrays; i++)
-            plan->clip_factors[i] *= factor;
-    }
-    for (size_t i = 0; i < plan->n_arrays; i++)
-        if (plan->clip_factors[i] < report->clip_factor || isnan(plan->clip_factors[i]))
-            report->clip_factor = plan->clip_factors[i];
-    return finite;
+    combine_arrays(plan, root, exponent);
+    report->grad_norm = ldexp(*root, *exponent);
 }
 
-static bool norm_is_needed(const fs_plan *plan, const fs_options *options)
+static bool clips_arrays(const fs_plan *plan)
 {
-    if (options->nonfinite != FS_NONFINITE_PROPAGATE || options->clip_norm < INFINITY || plan->has_stats)
-        return true;
     for (size_t i = 0; i < plan->n_groups; i++)
         if (plan->groups[i].clip_norm_per_array < INFINITY)
             return true;
     return false;
 }
 
-/* The norm pass if anything needs it. */
+/* The factors of arrays with limits of their own. */
+static void clip_arrays(fs_plan *plan, double eps)
+{
+    for (size_t i = 0; i < plan->n_arrays; i++) {
+        const fs_norm *norm = &plan->norms[i];
+        const double limit = plan->groups[plan->arrays[i].group].clip_norm_per_array;
+        plan->clip_factors[i] = limit < INFINITY ? fs_clip_factor(sqrt(norm->sum_squares), norm->exponent, limit, eps) : 1.0;
+    }
+}
+
 void fs_measure(fs_plan *plan, const fs_options *options, fs_report *report)
 {
-    *report = (fs_report){.applied = true, .clip_factor = 1.0};
-    if (norm_is_needed(plan, options)) {
-        const bool finite = norm_pass(plan, options, report);
-        report->applied = finite || options->nonfinite != FS_NONFINITE_STOP;
-    } else {
-        for (size_t i = 0; i < plan->n_arrays; i++) {
-            plan->clip_factors[i] = 1.0;
-            plan->norms[i].n_nonfinite = 0;
-        }
+    const bool has_own = clips_arrays(plan);
+    double root, factor = 1.0;
+    int exponent;
+    *report = (fs_report){.is_finite = true, .clip_factor = 1.0};
+    if (options->nonfinite != FS_NONFINITE_PROPAGATE || options->clip_norm < INFINITY || plan->has_stats || has_own)
+        measure_norms(plan, options, report, &root, &exponent);
+    if (has_own)
+        clip_arrays(plan, options->clip_eps);
+    if (options->clip_norm < INFINITY) {
+        if (has_own)
+            combine_clipped_arrays(plan, &root, &exponent);
+        factor = fs_clip_factor(root, exponent, options->clip_norm, options->clip_eps);
     }
-    for (size_t i = 0; i < plan->n_arrays; i++)
-        plan->clip_factors[i] *= options->clip_factor;
+    for (size_t i = 0; i < plan->n_arrays; i++) {
+        const double of_norms = has_own ? plan->clip_factors[i] * factor : factor, all = of_norms * options->clip_factor;
+        if (of_norms < report->clip_factor || isnan(of_norms))
+            report->clip_factor = of_norms;
+        if (plan->clip_factors[i] != all)    /* or other threads would have to fetch it again */
+            plan->clip_factors[i] = all;
+    }
+    report->applied = report->is_finite || options->nonfinite != FS_NONFINITE_STOP;
 }

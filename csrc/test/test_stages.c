@@ -148,7 +148,7 @@ static void check_nonfinite(trio t, double bad, bool is_first, int n_threads)
     options.nonfinite = FS_NONFINITE_STOP;
     copy_plan(t.plan, t.initial);
     fs_report report = take_step(t.plan, options);
-    CHECK(!report.applied && report.has_norm && !isfinite(report.grad_norm));
+    CHECK(!report.applied && report.has_norm && !report.is_finite && !isfinite(report.grad_norm));
     CHECK(same_plan(t.plan, t.initial));
     for (size_t i = 0; i < n_arrays; i++)
         CHECK(t.plan->norms[i].n_nonfinite == (i == last));
@@ -167,8 +167,7 @@ static void check_nonfinite(trio t, double bad, bool is_first, int n_threads)
     copy_plan(t.plan, t.initial);
     report = take_step(t.plan, options);
     CHECK(report.applied && !report.has_norm);
-    for (size_t i = 0; i < n_arrays; i++)
-        CHECK(t.plan->norms[i].n_nonfinite == 0);
+    CHECK(report.is_finite);    /* as far as anybody has looked */
     CHECK(!isfinite(get(t.plan, last, FS_PARAM, e)) && !isfinite(get(t.plan, last, FS_STATE, e)));
     for (int o = 0; o < FS_N_OPERANDS; o++)
         if (operand(t.plan, last, o)->data)

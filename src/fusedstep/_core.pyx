@@ -163,7 +163,7 @@ cdef extern from "fusedstep.h" nogil:
         int n_threads
 
     ctypedef struct fs_report:
-        bint applied, has_norm
+        bint applied, has_norm, is_finite
         double grad_norm, clip_factor
 
     fs_plan *fs_plan_new(size_t n_arrays, size_t n_groups, bint has_stats)
@@ -792,7 +792,7 @@ cdef class Plan:
         with nogil:
             fs_measure(self.plan, &self.options, &report)
         bad = []
-        if report.has_norm:
+        if not report.is_finite:
             for i in range(self.plan.n_arrays):
                 if self.plan.norms[i].n_nonfinite > 0:
                     bad.append((i, self.plan.norms[i].n_nonfinite))
@@ -926,9 +926,8 @@ cdef class Plan:
         else:
             with nogil:
                 fs_measure(self.plan, &self.options, &report)
-        for i in range(self.plan.n_arrays):
-            if self.plan.norms[i].n_nonfinite > 0:
-                return None
+        if not report.is_finite:
+            return None
         stats = None
         if self.plan.has_stats:
             stats = optimizer._new_stats()
