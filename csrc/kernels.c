@@ -134,7 +134,7 @@ enum { SIDE = 16, AHEAD = 32 };
         }                                                                                                        \
     }
 
-/* ---- Small states ------------------------------------------------------------------------------------------------------ */
+/* ---- Small states ---------------------------------------------------------------------------------------------------- */
 
 INLINE uint32_t random_bits(uint32_t key)
 {
@@ -277,8 +277,8 @@ static void part_master(size_t n, void *param, void *residual, uint32_t key)
 #define RULE(name)   static inline __attribute__((always_inline)) void FN(name##_element)
 #define HELPER(name) static inline __attribute__((always_inline)) real FN(name)
 
-/* To be said before a loop: of many arrays GCC does not believe it by `restrict`, and would test each pair or give up. And of
- * a short loop, that it is to become one in vectors before it is unrolled. */
+/* To be said before a loop: of many arrays GCC does not believe it by `restrict`, and would test each pair or give up. And
+ * of a short loop: that it is to be made of vectors before it is unrolled. */
 #ifdef __clang__
 #define ELEMENTS_ARE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #define IN_ONE_GO ELEMENTS_ARE_INDEPENDENT
