@@ -146,18 +146,21 @@ void test_join_and_part(void)
 
 /* ---- Small states -------------------------------------------------------------------------------------------------- */
 
-/* A rule whose first state becomes the gradient; and with it, what a state makes of a block of values. */
+/* A rule whose first state becomes the gradient, and the second one, which lies behind it, larger; and with it, what a state
+ * makes of a block of values. */
 static void keep(size_t n, void *param, const void *grad, void *const *state, double factor, double decay, const void *coefs)
 {
     (void)param, (void)factor, (void)decay, (void)coefs;
     memcpy(state[0], grad, n * sizeof(float));
+    memset(state[1], 0x7f, n * sizeof(float));
 }
 
-static void store_small(const fs_kernels *kernels, const float *values, const fs_state *state, uint32_t key)
+static void store_small(const fs_kernels *kernels, size_t n, const float *values, const fs_state *state, uint32_t key)
 {
-    const fs_small small = {.n_states = 1, .state = {*state}, .key = key};
+    uint16_t other[FS_BLOCK] = {0};
+    const fs_small small = {.n_states = 2, .state = {*state, {.data = (char *)other, .dtype = FS_BFLOAT16}}, .key = key};
     float param[FS_BLOCK];
-    kernels->apply_to_small(keep, FS_BLOCK, param, values, &small, 1.0, 1.0, NULL);
+    kernels->apply_to_small(keep, n, param, values, &small, 1.0, 1.0, NULL);
 }
 
 /* Small states: a float that comes back is one of the two nearest that can be stored, nothing around is changed, and all
@@ -237,16 +240,20 @@ void test_small_states(void)
         for (int k = 0; k < N_KINDS; k++)
             for (int exponent = -120; exponent <= (k ? 128 : 127); exponent += 31) {    /* a code bounds the last floats */
                 const fs_kernels *kernels = fs_kernels_of(level, FS_FLOAT32);
-                float values[FS_BLOCK], found[FS_BLOCK];
+                const size_t n = exponent % 2 ? FS_BLOCK : FS_BLOCK - 56, item = fs_dtype_size(kinds[k].dtype);
+                float values[FS_BLOCK], found[FS_BLOCK + 1];
                 CONTEXT("level %s, kind %d, exponent %d", fs_level_name(level), k, exponent);
-                for (size_t i = 0; i < FS_BLOCK; i++) {
+                data[k][n * item] = 0x5a;
+                found[n] = 0.1f;
+                for (size_t i = 0; i < n; i++) {
                     const double x = ldexp(random_signed(), exponent - (int)(i % 7));
                     values[i] = (float)(kinds[k].dtype == FS_UINT8 ? fabs(x) : x);
                 }
                 const fs_state state = {.data = (char *)data[k], .scales = scales[k], .dtype = kinds[k].dtype};
-                store_small(kernels, values, &state, (uint32_t)exponent);
-                kernels->load_small(FS_BLOCK, found, &state);
-                for (size_t i = 0; i < FS_BLOCK; i++) {
+                store_small(kernels, n, values, &state, (uint32_t)exponent);
+                kernels->load_small(n, found, &state);
+                CHECK(data[k][n * item] == 0x5a && found[n] == 0.1f);
+                for (size_t i = 0; i < n; i++) {
                     const double error = fabs((double)found[i] - values[i]), coarsest = ldexp(kinds[k].least, exponent + 1);
                     CHECK(error < kinds[k].coarseness * fabs((double)values[i]) + coarsest + kinds[k].finest);
                 }
@@ -257,7 +264,7 @@ void test_small_states(void)
         float found[FS_BLOCK], scale[FS_BLOCK / FS_SCALED] = {1};
         uint8_t codes[FS_BLOCK] = {0};
         const fs_state state = {.data = (char *)codes, .scales = scale, .dtype = FS_UINT8};
-        store_small(kernels, values, &state, 0);
+        store_small(kernels, FS_BLOCK, values, &state, 0);
         kernels->load_small(FS_BLOCK, found, &state);
         for (size_t i = 0; i < FS_BLOCK; i++) {
             CHECK((found[i] > 0) == (i < FS_SCALED));
