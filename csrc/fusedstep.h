@@ -181,8 +181,8 @@ typedef struct {
 
 typedef struct {
     bool applied;                  /* whether the gradients may be used */
-    bool has_norm;                 /* whether they were measured, and */
-    bool is_finite;                /* nothing else than finite numbers was found */
+    bool has_norm;                 /* whether they were measured */
+    bool is_finite;                /* whether nothing else was found in them: true, too, if they were not measured */
     double grad_norm;
     double clip_factor;            /* the smallest factor that the norms call for in any array; 1 for none */
 } fs_report;

@@ -287,14 +287,14 @@ static void part_master(size_t n, void *param, void *residual, uint32_t key)
 #define IN_ONE_GO ELEMENTS_ARE_INDEPENDENT _Pragma("GCC unroll 1")
 #endif
 
-/* What is done to each of n elements. */
+/* Do this to each of n elements. */
 #define EACH_IN_TURN(i, n, ...)                                                                                  \
     ELEMENTS_ARE_INDEPENDENT                                                                                     \
     for (size_t i = 0; i < n; i++)                                                                               \
         __VA_ARGS__
 
-/* The same where compilers can mask the rest, which does not fill a register: one by one, a dozen square roots and divisions
- * take as long as sixty in registers. */
+/* The same where compilers can mask the rest, which does not fill a register: one by one, seven square roots and divisions
+ * take longer than forty in registers. */
 #define EACH_IN_REGISTERS(i, n, ...)                                                                             \
     {                                                                                                            \
         enum { WIDTH = 64 / sizeof(real) };                                                                      \

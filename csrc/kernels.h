@@ -41,13 +41,12 @@ static inline double or_epsilon(double eps, size_t item)
 typedef void fs_rule(size_t n, void *param, const void *grad, void *const *state, double factor, double decay,
                      const void *coefs);
 
-/* Random bits are made of keys, 32 of each: the first element has that of its block, each other this much more than the one
- * before. */
+/* Random bits are made of keys, 32 of each, for two elements half of FS_SCALED apart. The first of a block has the block's
+ * key, each other this much more than the one before. A block that is rounded begins at a multiple of FS_SCALED. */
 #define FS_BETWEEN_KEYS 0x9e3779b9u
 
 /* The states of a block: each in a small type or, like all else, in the compute type. An element's small states are rounded
- * with the same random fraction. Two elements, half of FS_SCALED apart, share the bits of a key: its first half is of the
- * keys from `key` on. */
+ * with the same random fraction. */
 typedef struct { char *data; float *scales; fs_dtype dtype; } fs_state;
 typedef struct { int n_states; fs_state state[FS_MAX_STATES]; uint32_t key; } fs_small;
 
