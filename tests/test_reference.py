@@ -8,7 +8,8 @@ from fractions import Fraction
 import numpy as np
 import optax
 import pytest
-from conftest import SETTINGS, setting_id
+import torch_record
+from conftest import setting_id
 
 import fusedstep as fs
 from fusedstep import database
@@ -117,49 +118,46 @@ def test_against_optax(optimizer, settings, make, rng):
         np.testing.assert_allclose(found, np.asarray(params), **FLOAT64_TOLERANCE)
 
 
-@pytest.fixture
-def torch():
-    """With scalars like ASGD's step size in float64, too."""
+# PyTorch, as recorded: it need not be installed. Where it is, the record is checked.
+
+RECORD = torch_record.recorded()
+OURS = {entry.torch_name: entry.optimizer for entry in database.ENTRIES}
+each_case = pytest.mark.parametrize(
+    "case", RECORD["cases"], ids=lambda case: f"{case['rule']}-{setting_id(case['settings'])}"
+)
+
+
+@each_case
+def test_against_torch(case):
+    found = trajectory(OURS[case["rule"]], np.array(RECORD["start"]), np.array(RECORD["grads"]), **case["settings"])
+    np.testing.assert_allclose(found, case["params"], **FLOAT64_TOLERANCE)
+
+
+@pytest.mark.parametrize("rule", RECORD["defaults"])
+def test_defaults_are_torchs(rule):
+    ours = inspect.signature(OURS[rule]).parameters
+    for name, theirs in RECORD["defaults"][rule].items():
+        assert name not in ours or ours[name].default == theirs, name
+
+
+def test_the_record_has_every_setting():
+    """Or else: python tests/torch_record.py"""
+    found = [(case["rule"], case["settings"]) for case in RECORD["cases"]]
+    for rule, settings in torch_record.wanted():
+        known = {name: value for name, value in settings.items() if name in RECORD["defaults"][rule]}
+        assert (rule, known) in found
+
+
+@each_case
+def test_the_record_is_what_torch_gives(case):
     torch = pytest.importorskip("torch")
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield torch
-    torch.set_default_dtype(before)
+    assert torch_record.arguments(torch, case["rule"]) == RECORD["defaults"][case["rule"]]
+    params = torch_record.params_after(torch, case["rule"], case["settings"], RECORD["start"], RECORD["grads"])
+    np.testing.assert_allclose(params, case["params"], **FLOAT64_TOLERANCE)
 
 
-def of_torch(torch, entry):
-    """The class there, and its arguments."""
-    optimizer = getattr(torch.optim, entry.torch_name)
-    return optimizer, inspect.signature(optimizer).parameters
-
-
-TORCHS = [entry for entry in database.ENTRIES if entry.torch_name]
-
-
-@pytest.mark.parametrize(("entry", "settings"), [case for case in SETTINGS if case[0] in TORCHS], ids=setting_id)
-@pytest.mark.parametrize("common", [{}, {"weight_decay": 0.1}, {"maximize": True, "weight_decay": 0.1}], ids=setting_id)
-def test_against_torch(entry, settings, common, rng, torch):
-    optimizer, theirs = of_torch(torch, entry)
-    start, grads = rng.standard_normal(50), gradients_of(rng, 50)
-    settings = {"lr": 0.01, **{key: value for key, value in {**settings, **common}.items() if key in theirs}}
-    found = trajectory(entry.optimizer, start, grads, **settings)
-    param = torch.nn.Parameter(torch.from_numpy(start.copy()))
-    opt = optimizer([param], **settings)
-    for g in grads:
-        param.grad = torch.from_numpy(g.copy())
-        opt.step()
-    np.testing.assert_allclose(found, param.detach().numpy(), **FLOAT64_TOLERANCE)
-
-
-@pytest.mark.parametrize("entry", TORCHS, ids=setting_id)
-def test_defaults_are_torchs(entry, torch):
-    theirs = of_torch(torch, entry)[1]
-    for name, ours in inspect.signature(entry.optimizer).parameters.items():
-        if name in theirs and name != "params":
-            assert ours.default == theirs[name].default, name
-
-
-def test_clip_norm_against_torch(rng, torch):
+def test_clip_norm_against_torch(rng):
+    torch = pytest.importorskip("torch")
     grads = [rng.standard_normal(shape) for shape in [(3, 4), (7,), ()]]
     tensors = [torch.nn.Parameter(torch.zeros(g.shape, dtype=torch.float64)) for g in grads]
     for tensor, g in zip(tensors, grads):
