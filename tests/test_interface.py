@@ -6,6 +6,7 @@ import doctest
 import inspect
 import re
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -54,6 +55,37 @@ def copy_tree(tree):
     if isinstance(tree, dict):
         return {k: copy_tree(v) for k, v in tree.items() if k not in ("lr", "weight_decay")}
     return type(tree)(copy_tree(v) for v in tree)
+
+
+class Layer(NamedTuple):
+    w: Any
+    b: Any
+
+
+def test_named_tuples():
+    """Parameters have the names of their fields; gradients correspond by place."""
+    params = {"first": Layer(ones(3), ones(2)), "last": Layer(w=ones(1), b=ones(4))}
+    opt = fs.SGD(params, lr=1.0)
+    assert list(opt.state) == ["first.w", "first.b", "last.w", "last.b"]
+    for grads in copy_layers(params), {"first": (ones(3), ones(2)), "last": [ones(1), ones(4)]}:
+        opt.step(grads)
+    assert (params["first"].b == -1).all()
+    assert (params["last"].w == -1).all()
+    with pytest.raises(ValueError, match=r"^grads\['last'\]: expected 2 arrays, got 1$"):
+        opt.step({"first": Layer(ones(3), ones(2)), "last": (ones(1),)})
+    with pytest.raises(ValueError, match=r"^grads\['last.b'\]: expected shape \(4,\), got \(1,\)$"):
+        opt.step({"first": Layer(ones(3), ones(2)), "last": Layer(w=ones(1), b=ones(1))})
+
+
+def copy_layers(params):
+    return {name: Layer(*(a.copy() for a in layer)) for name, layer in params.items()}
+
+
+@pytest.mark.parametrize("optimizer", [fs.SGD, fs.AdamW])
+def test_arguments_without_names(optimizer):
+    name = optimizer.__name__
+    with pytest.raises(TypeError, match=f"^{name}: expected all but params and lr by name, got 3 without$"):
+        optimizer(ones(3), 0.1, 0.9)
 
 
 def test_iterators_as_params_and_grads():

@@ -20,14 +20,14 @@ def make_arrays(rng, form):
     if form == "dict":
         return dict(zip("wxyz", arrays))
     if form == "nested":
-        return {"a": {"w": arrays[0], "b": arrays[1:3]}, "c": arrays[3]}
+        return {"a": {"w": arrays[0], "b": arrays[1:2]}, "c": (arrays[2], arrays[3])}
     return [{"params": arrays[:2], "lr": 0.5}, {"params": {"y": arrays[2], "z": arrays[3]}}]  # groups
 
 
 def leaves(tree):
     if isinstance(tree, dict):
         return [leaf for value in tree.values() for leaf in leaves(value)]
-    if isinstance(tree, list):
+    if isinstance(tree, (list, tuple)):
         return [leaf for value in tree for leaf in leaves(value)]
     return [tree] if isinstance(tree, np.ndarray) else []
 
@@ -35,8 +35,8 @@ def leaves(tree):
 def copied(tree):
     if isinstance(tree, dict):
         return {key: copied(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [copied(value) for value in tree]
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(copied(value) for value in tree)
     return tree.copy() if isinstance(tree, np.ndarray) else tree
 
 
@@ -361,8 +361,8 @@ def converted(tree, i):
     """A tree of gradients in another form for each step."""
     if isinstance(tree, dict):
         return {key: converted(value, i) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [converted(value, i) for value in tree]
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(converted(value, i) for value in tree)
     if i % 3 == 1:
         return tree.astype(np.float64)
     return np.repeat(tree, 2)[::2] if i % 3 == 2 else tree

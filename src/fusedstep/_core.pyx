@@ -11,6 +11,7 @@ from cpython.pythread cimport (
     PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_get_thread_ident, PyThread_release_lock,
     PyThread_type_lock,
 )
+from cpython.sequence cimport PySequence_Fast_GET_ITEM
 from libc.math cimport INFINITY, NAN, ldexp, sqrt
 from libc.stddef cimport ptrdiff_t, size_t
 cimport numpy as cnp
@@ -371,7 +372,7 @@ cdef void find_span(PyArrayObject *array, size_t itemsize, size_t *first, size_t
 
 
 cdef bint gather(object spec, object tree, list leaves) except -1:
-    """Append the leaves of a tree to a list. False if it is not built of dictionaries and lists just like the spec."""
+    """Append the leaves of a tree to a list. False if it is not built of dictionaries, lists and tuples just like the spec."""
     cdef Py_ssize_t i
     if spec is None:
         leaves.append(tree)
@@ -385,13 +386,14 @@ cdef bint gather(object spec, object tree, list leaves) except -1:
                 leaves.append((<dict>tree)[key])
             elif not gather(part, (<dict>tree)[key], leaves):
                 return False
-    elif type(tree) is not list or len(<list>tree) != len(<list>spec):
+    elif (type(tree) is not list and type(tree) is not tuple) or len(tree) != len(<list>spec):
         return False
     else:
         for i, part in enumerate(<list>spec):
+            leaf = <object>PySequence_Fast_GET_ITEM(tree, i)
             if part is None:
-                leaves.append((<list>tree)[i])
-            elif not gather(part, (<list>tree)[i], leaves):
+                leaves.append(leaf)
+            elif not gather(part, leaf, leaves):
                 return False
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -115,40 +116,29 @@ def whole_number(value: Any, label: str, least: float = -math.inf) -> int:
     return whole
 
 
-def at_least_0(value: Any, label: str) -> float:
-    return number(value, label, "a finite number >= 0", lambda x: x >= 0)
+def real(wanted: str, accept: Callable[[float], bool] = math.isfinite) -> Callable[[Any, str], float]:
+    """A check: that of finite numbers like this."""
+    return functools.partial(number, wanted=wanted, accept=accept)
 
 
-def at_least_0_or_none(value: Any, label: str) -> float | None:
-    return None if value is None else number(value, label, "a finite number >= 0 or None", lambda x: x >= 0)
+def real_or_none(wanted: str, accept: Callable[[float], bool]) -> Callable[[Any, str], float | None]:
+    check = real(f"{wanted} or None", accept)
+    return lambda value, label: None if value is None else check(value, label)
 
 
-def at_least_1(value: Any, label: str) -> float:
-    return number(value, label, "a finite number >= 1", lambda x: x >= 1)
-
-
-def at_most_0(value: Any, label: str) -> float:
-    return number(value, label, "a finite number <= 0", lambda x: x <= 0)
-
-
-def above_0(value: Any, label: str) -> float:
-    return number(value, label, "a finite number > 0", lambda x: x > 0)
-
-
-def above_0_or_none(value: Any, label: str) -> float | None:
-    return None if value is None else number(value, label, "a finite number > 0 or None", lambda x: x > 0)
-
-
-def from_0_below_1(value: Any, label: str) -> float:
-    return number(value, label, "a number in [0, 1)", lambda x: 0 <= x < 1)
-
-
-def from_0_below_1_or_none(value: Any, label: str) -> float | None:
-    return None if value is None else number(value, label, "a number in [0, 1) or None", lambda x: 0 <= x < 1)
-
-
-def from_0_to_1_or_none(value: Any, label: str) -> float | None:
-    return None if value is None else number(value, label, "a number in [0, 1] or None", lambda x: 0 <= x <= 1)
+finite = real("a finite number")
+at_least_0 = real("a finite number >= 0", lambda x: x >= 0)
+at_least_0_or_none = real_or_none("a finite number >= 0", lambda x: x >= 0)
+at_least_1 = real("a finite number >= 1", lambda x: x >= 1)
+at_most_0 = real("a finite number <= 0", lambda x: x <= 0)
+above_0 = real("a finite number > 0", lambda x: x > 0)
+above_0_or_none = real_or_none("a finite number > 0", lambda x: x > 0)
+from_0_below_1 = real("a number in [0, 1)", lambda x: 0 <= x < 1)
+from_0_below_1_or_none = real_or_none("a number in [0, 1)", lambda x: 0 <= x < 1)
+from_0_to_1 = real("a number in [0, 1]", lambda x: 0 <= x <= 1)
+from_0_to_1_or_none = real_or_none("a number in [0, 1]", lambda x: 0 <= x <= 1)
+grad_scale = real("a number in [1e-37, 1e37]", lambda x: 1e-37 <= x <= 1e37)
+"""Neither it nor its inverse may leave float32's range."""
 
 
 def bounds(value: Any, label: str) -> tuple[float, float] | None:
@@ -175,23 +165,10 @@ def unit_axes(value: Any, label: str) -> tuple[int, ...] | None:
     return tuple(int(axis) for axis in axes)
 
 
-def from_0_to_1(value: Any, label: str) -> float:
-    return number(value, label, "a number in [0, 1]", lambda x: 0 <= x <= 1)
-
-
 def boolean(value: Any, label: str) -> bool:
     if value is not True and value is not False:
         raise TypeError(f"{label}: expected True or False, got {value!r}")
     return value
-
-
-def finite(value: Any, label: str) -> float:
-    return number(value, label, "a finite number", lambda x: True)
-
-
-def grad_scale(value: Any, label: str) -> float:
-    # Neither it nor its inverse may leave float32's range.
-    return number(value, label, "a number in [1e-37, 1e37]", lambda x: 1e-37 <= x <= 1e37)
 
 
 CHECKS: dict[str, Callable[[Any, str], Any]] = {

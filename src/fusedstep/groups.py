@@ -66,7 +66,7 @@ def group(
     Notes
     -----
     An optimizer saves the arrays it changes; ``fs.save(path, opt, params)`` saves those left out, too. Steps are quickest
-    with gradients in dicts and lists like the parameters', and without those of arrays left out.
+    with gradients in dicts, lists and tuples like the parameters', and without those of arrays left out.
 
     Examples
     --------

@@ -39,19 +39,9 @@ from .state import NUMBER, Operands, has_units, must_be_packed, shape_of
 MAX_STEP = 2**53  # what a double counts to
 
 STAGE_DEFAULTS = {
-    "grad_scale": 1.0,
-    "zero_nonfinite": False,
-    "maximize": False,
-    "clip_factor": 1.0,
-    "clip_adaptive": None,
-    "clip_value": None,
-    "weight_decay": 0.0,
-    "decoupled_weight_decay": False,
-    "decay_mode": None,
-    "l1": 0.0,
-    "max_norm": None,
-    "bounds": None,
-    "unit_axes": None,
+    name: p.default
+    for name, p in inspect.signature(stages.operands).parameters.items()
+    if name in stages.Stages.__annotations__
 }
 
 

@@ -893,6 +893,8 @@ class Optimizer:
 
 
 REQUIRED = "to be given"
+POSITIONAL = ("params", "lr")
+"""Arguments that need no name."""
 
 
 def with_defaults_of_convention(init: Any) -> Any:
@@ -901,6 +903,10 @@ def with_defaults_of_convention(init: Any) -> Any:
 
     @functools.wraps(init)
     def wrapped(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        if len(args) > len(POSITIONAL):
+            raise TypeError(
+                f"{type(self).__name__}: expected all but {' and '.join(POSITIONAL)} by name, got {len(args)} without"
+            )
         own = self._conventions.get(kwargs.get("convention", "torch"))
         if own:
             given = {*signature.bind(self, *args, **kwargs).arguments, *kwargs}

@@ -14,6 +14,8 @@ def branches(tree: Any, first_index: int = 0) -> dict[str, Any] | None:
         if len(parts) < len(tree):
             raise ValueError(f"params: expected names of their own, got some twice in {list(tree)}")
         return parts
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a named tuple
+        return dict(zip(tree._fields, tree))
     if isinstance(tree, (list, tuple, ValuesView, Iterator)):
         return {str(index): value for index, value in enumerate(tree, first_index)}
     return None
@@ -23,6 +25,7 @@ class Structure:
     """The shape of a parameter tree, to take apart gradients that have the same.
 
     Leaves are named by their path: ``{"a": [x, y]}`` has the names ``a.0`` and ``a.1``, a single array has the name ``0``.
+    Parts of sequences correspond by their places, whatever their names.
     """
 
     def __init__(self, tree: Any, first_index: int = 0, path: str = "") -> None:
@@ -36,7 +39,6 @@ class Structure:
             self.parts = {key: Structure(value, path=f"{path}.{key}" if path else key) for key, value in parts.items()}
             self.names = [name for part in self.parts.values() for name in part.names]
             self.leaves = [leaf for part in self.parts.values() for leaf in part.leaves]
-        self.first_index = first_index
         self.is_left_out = False
 
     def leave_out(self, names: set[str]) -> None:
@@ -62,12 +64,14 @@ class Structure:
         if self.parts is None:
             return [tree]
         label = f"grads[{self.path!r}]" if self.path else "grads"
-        given = branches(tree, self.first_index)
+        given = branches(tree)
         if given is None or isinstance(tree, Mapping) != self.is_mapping:
             kind = "a mapping" if self.is_mapping else "a sequence"
             raise TypeError(f"{label}: expected {kind} like the parameters', got {type(tree).__name__}")
-        if not self.is_mapping and len(given) != len(self.parts):
-            raise ValueError(f"{label}: expected {len(self.parts)} arrays, got {len(given)}")
+        if not self.is_mapping:
+            if len(given) != len(self.parts):
+                raise ValueError(f"{label}: expected {len(self.parts)} arrays, got {len(given)}")
+            given = dict(zip(self.parts, given.values()))
         prefix = f"{self.path}." if self.path else ""
         for key, part in self.parts.items():
             if key not in given and not part.is_left_out:
