@@ -45,6 +45,27 @@ def test_public_names_are_documented(name):
         assert "lr" in str(inspect.signature(thing))
 
 
+WITHOUT_EXAMPLE = {"show_config", "DynamicLossScaler.load_state_dict", "DynamicLossScaler.state_dict"}
+"""Plain calls, and what examples of others show."""
+
+
+def public_functions():
+    for name in fusedstep.__all__:
+        thing = getattr(fusedstep, name)
+        if inspect.isfunction(thing):
+            yield pytest.param(thing, id=name)
+        elif inspect.isclass(thing):
+            methods = inspect.getmembers(thing, inspect.isfunction)
+            own = [(key, method) for key, method in methods if key in vars(thing) and not key.startswith("_")]
+            yield from (pytest.param(method, id=f"{name}.{key}") for key, method in own)
+
+
+@pytest.mark.parametrize("function", [*public_functions()])
+def test_public_functions_have_examples(function):
+    name = function.__qualname__
+    assert ("    >>> " in function.__doc__) != (name in WITHOUT_EXAMPLE)
+
+
 def test_without_the_extension():
     """backend="reference" and everything around it work where the extension could not be built."""
     code = """

@@ -46,7 +46,25 @@ def set_num_threads(n: int | None) -> None:
 
 @contextmanager
 def threads(n: int | None) -> Iterator[None]:
-    """Set the number of threads for the whole process within a ``with`` block."""
+    """Set the number of threads for the whole process within a ``with`` block.
+
+    Parameters
+    ----------
+    n : int or None
+        As for :func:`set_num_threads`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no such number. Nothing has changed then.
+
+    Examples
+    --------
+    >>> import fusedstep as fs
+    >>> with fs.threads(1):
+    ...     fs.get_num_threads()
+    1
+    """
     before = _chosen
     set_num_threads(n)
     try:

@@ -146,6 +146,20 @@ def load(
         If the file cannot be read.
     TypeError, ValueError
         If it is damaged, no checkpoint, or does not fit. Nothing has changed then.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> opt = fs.SGD({"w": np.ones(2)}, lr=1.0, momentum=0.5)
+    >>> _ = opt.step({"w": np.ones(2)})
+    >>> fs.save("model.safetensors", opt)
+    >>> params = {"w": np.ones(2)}
+    >>> opt = fs.SGD(params, momentum=0.5)
+    >>> checkpoint = fs.load("model.safetensors", opt)
+    >>> params["w"], opt.steps, opt.param_groups[0]["lr"]
+    (array([0., 0.]), 1, 1.0)
+    >>> fs.load("model.safetensors").params    # to look at
+    {'w': array([0., 0.])}
     """
     source = as_path(path)
     opt = None if opt is None else as_optimizer(opt)

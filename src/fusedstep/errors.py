@@ -14,6 +14,16 @@ class NonFiniteGradientError(ArithmeticError):
         Names of the arrays concerned.
     counts : dict of str to int
         How many such elements each has.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> w = np.ones(2)
+    >>> try:
+    ...     fs.SGD({"w": w}).step({"w": np.array([np.nan, 1.0])})
+    ... except fs.NonFiniteGradientError as error:
+    ...     print(error, error.counts, w)
+    expected finite gradients, got inf or nan in grads['w'] (1 elements) {'w': 1} [1. 1.]
     """
 
     def __init__(self, counts: dict[str, int]) -> None:

@@ -686,7 +686,17 @@ class Optimizer:
         return 0 if self._sums is None else int(self._sums.steps)
 
     def reset_accumulated(self) -> None:
-        """Forget the gradients added up so far, for example after one that was not finite."""
+        """Forget the gradients added up so far, for example after one that was not finite.
+
+        Examples
+        --------
+        >>> import numpy as np, fusedstep as fs
+        >>> opt = fs.SGD(np.zeros(2), lr=1.0)
+        >>> opt.accumulate(np.array([1.0, np.inf]))
+        >>> opt.reset_accumulated()
+        >>> opt.accumulated
+        0
+        """
         with self._lock:
             self._sums = None
 
@@ -840,7 +850,16 @@ class Optimizer:
     # ---- Saving and loading ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on later: copies of all state, the step number, the hyper-parameters that are numbers."""
+        """Everything needed to go on later: copies of all state, the step number, the hyper-parameters that are numbers.
+
+        Examples
+        --------
+        >>> import numpy as np, fusedstep as fs
+        >>> opt = fs.SGD({"w": np.zeros(2)}, lr=1.0, momentum=0.5)
+        >>> _ = opt.step({"w": np.ones(2)})
+        >>> opt.state_dict()["state"]
+        {'w': {'momentum_buffer': array([1., 1.])}}
+        """
         with self._lock:
             live = saving.live_state_dict(self)
             return {**live, "state": {name: {k: a.copy() for k, a in own.items()} for name, own in live["state"].items()}}

@@ -86,6 +86,16 @@ class DynamicLossScaler:
         TypeError, ValueError
             If it is no optimizer, or one with another policy. Nothing has changed then, as with all errors of
             :meth:`Optimizer.step`.
+
+        Examples
+        --------
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.zeros(2)
+        >>> opt, scaler = fs.SGD(w, lr=1.0, nonfinite="skip"), fs.DynamicLossScaler(8.0, growth_interval=1)
+        >>> scaler.step(opt, scaler.scale * np.array([3.0, 4.0])).grad_norm
+        5.0
+        >>> w, scaler.scale
+        (array([-3., -4.]), 16.0)
         """
         if not isinstance(opt, (Optimizer, Wrapper)):
             raise TypeError(f"opt: expected an optimizer, got {type(opt).__name__}")

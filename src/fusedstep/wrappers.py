@@ -129,7 +129,34 @@ class Lookahead(Wrapper):
             assign([(group, "ema_decay", decay) for group in opt.param_groups])
 
     def step(self, grads: Any = None, *, grad_scale: float = 1.0, zero_grads: bool = False) -> StepReport:
-        """Update the parameters in place: :meth:`Optimizer.step`, and if it is due the exchange with the slow weights."""
+        """Update the parameters in place: :meth:`Optimizer.step`, and if it is due the exchange with the slow weights.
+
+        Parameters
+        ----------
+        grads, grad_scale, zero_grads
+            As for :meth:`Optimizer.step`.
+
+        Returns
+        -------
+        StepReport
+            That of the optimizer.
+
+        Raises
+        ------
+        NonFiniteGradientError, TypeError, ValueError
+            As :meth:`Optimizer.step` does. Nothing has changed then.
+
+        Examples
+        --------
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.zeros(1)
+        >>> opt = fs.Lookahead(fs.SGD(w, lr=1.0), k=2, alpha=0.5)
+        >>> for _ in range(2):
+        ...     _ = opt.step(np.array([-1.0]))
+        ...     print(w)
+        [1.]
+        [1.]
+        """
         with self._lock:
             self._exchange_if_due()
             next_step = self.opt.steps + 1
@@ -230,6 +257,16 @@ class SAM(Wrapper):
             If a gradient of one or the other call holds inf or nan and the optimizer has ``nonfinite="raise"``.
         TypeError, ValueError
             If a gradient is not what it should be. Nothing has changed then.
+
+        Examples
+        --------
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.array([1.0])
+        >>> opt = fs.SAM(fs.SGD(w, lr=0.25), rho=0.5)
+        >>> opt.step(lambda: 2 * w).grad_norm    # of w**2, at 1.5
+        3.0
+        >>> w
+        array([0.25])
         """
         if not callable(closure):
             raise TypeError(f"closure: expected a callable that returns gradients, got {closure!r}")
