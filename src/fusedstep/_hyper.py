@@ -104,7 +104,7 @@ def number(value: Any, label: str, wanted: str, accept: Callable[[float], bool])
     return result
 
 
-def whole_number(value: Any, label: str, least: float = -math.inf) -> int:
+def whole_number(value: Any, label: str, least: float = -math.inf, most: float = math.inf) -> int:
     try:
         whole = operator.index(value)
     except TypeError:
@@ -113,6 +113,8 @@ def whole_number(value: Any, label: str, least: float = -math.inf) -> int:
         raise TypeError(f"{label}: expected a whole number, got {value!r}")
     if whole < least:
         raise ValueError(f"{label}: expected at least {least}, got {value}")
+    if whole > most:
+        raise ValueError(f"{label}: expected at most {most}, got a larger number")  # of maybe more digits than Python shows
     return whole
 
 
@@ -206,7 +208,7 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "use_bias_correction": boolean,
     "safeguard_warmup": boolean,
     "ns_coefficients": finite,
-    "ns_steps": lambda value, label: whole_number(value, label, 0),
+    "ns_steps": lambda value, label: whole_number(value, label, 0, 99),  # as in PyTorch
     "adjust_lr_fn": lambda value, label: one_of(value, (None, "original", "match_rms_adamw"), label),
     "adamw_lr_ratio": at_least_0,
     "adamw_betas": from_0_below_1,
@@ -302,5 +304,4 @@ MAX_THREADS = 2**16
 
 
 def check_num_threads(value: Any, label: str = "num_threads") -> None:
-    if whole_number(value, label, 1) > MAX_THREADS:
-        raise ValueError(f"{label}: expected at most {MAX_THREADS}, got {value}")
+    whole_number(value, label, 1, MAX_THREADS)

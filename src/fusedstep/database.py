@@ -183,6 +183,7 @@ ENTRIES = [
             ({"momentum": 1.0}, ValueError, "momentum: expected a number in [0, 1), got 1.0"),
             ({"ns_coefficients": (2, -1)}, TypeError, "ns_coefficients: expected 3 numbers, got (2, -1)"),
             ({"ns_steps": 5.0}, TypeError, "ns_steps: expected a whole number, got 5.0"),
+            ({"ns_steps": 10**400}, ValueError, "ns_steps: expected at most 99, got a larger number"),
             (
                 {"adjust_lr_fn": "keras"},
                 ValueError,

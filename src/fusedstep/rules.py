@@ -619,7 +619,7 @@ class Muon(Optimizer):
     ns_coefficients : three floats
         :math:`a, b, c`.
     ns_steps : int
-        :math:`k`.
+        :math:`k`, at most 99.
     eps : float
         :math:`\epsilon`.
     adjust_lr_fn : {None, "original", "match_rms_adamw"}
