@@ -81,6 +81,17 @@ def copy_layers(params):
     return {name: Layer(*(a.copy() for a in layer)) for name, layer in params.items()}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scalars_and_strings_of_numpy(backend):
+    p = ones(2)
+    opt = fs.SGD(
+        p, lr=np.float32(0.5), nonfinite=np.str_("zero"), bounds=(np.array(-np.inf), np.float16(0.75)), backend=backend
+    )
+    for _ in range(2):
+        opt.step(np.array([1.0, np.nan], np.float32))
+    assert p.tolist() == [0.0, 0.75]
+
+
 @pytest.mark.parametrize("optimizer", [fs.SGD, fs.AdamW])
 def test_arguments_without_names(optimizer):
     name = optimizer.__name__

@@ -775,7 +775,7 @@ cdef class Plan:
         self.plan.seed = value
 
     def measure(self, *, double grad_scale=1.0, clip_norm=None, double clip_eps=1e-6, double clip_factor=1.0,
-                str nonfinite="raise", num_threads=None, bint clear_grads=False):
+                nonfinite="raise", num_threads=None, bint clear_grads=False):
         """Look at the bound gradients, and get ready to use them with these options.
 
         Returns whether they may be used, their norm (None if nothing depends on it), the smallest clip factor, and for each

@@ -88,12 +88,19 @@ CHOICES = {
 }
 
 
+def is_real(value: Any) -> bool:
+    """Whether a value is a real number as far as its type says."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.ndim == 0 and value.dtype.kind not in "bcmMSU"
+    return hasattr(value, "__float__") and not isinstance(value, bool)
+
+
 def as_float(value: Any, label: str, wanted: str) -> float:
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+    if not is_real(value):
         raise TypeError(f"{label}: expected {wanted}, got {value!r}")
     try:
         return float(value)
-    except (TypeError, ValueError, OverflowError):  # an array of several numbers, for example
+    except (TypeError, ValueError, OverflowError):  # an integer of very many digits, for example
         raise TypeError(f"{label}: expected {wanted}, got {value!r}") from None
 
 
@@ -149,10 +156,11 @@ def bounds(value: Any, label: str) -> tuple[float, float] | None:
     wanted = "a pair of numbers or None, the lower first"
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{label}: expected {wanted}, got {value!r}")
+    no_bounds = (-math.inf, math.inf)
     lower, upper = (
-        x if x is None or x in (-math.inf, math.inf) else finite(x, f"{label}[{i}]") for i, x in enumerate(value)
+        none if x is None or (is_real(x) and x == none) else finite(x, f"{label}[{i}]")
+        for i, (x, none) in enumerate(zip(value, no_bounds))
     )
-    lower, upper = -math.inf if lower is None else lower, math.inf if upper is None else upper
     if not lower <= upper:
         raise ValueError(f"{label}: expected {wanted}, got {value!r}")
     return lower, upper
@@ -286,7 +294,7 @@ def check_known(values: Mapping[str, Any]) -> None:
 
 
 def one_of(value: Any, choices: tuple[Any, ...], label: str) -> Any:
-    if value not in choices:
+    if not (value is None or isinstance(value, str)) or value not in choices:
         raise ValueError(f"{label}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
 

@@ -337,6 +337,9 @@ INVALID = [
     ({"lr": -1.0}, ValueError, "lr: expected a finite number >= 0, got -1.0"),
     ({"lr": float("nan")}, ValueError, "lr: expected a finite number >= 0, got nan"),
     ({"lr": "fast"}, TypeError, "lr: expected a finite number >= 0, got 'fast'"),
+    ({"lr": np.array([0.1])}, TypeError, "lr: expected a finite number >= 0, got array([0.1])"),
+    ({"lr": np.array(True)}, TypeError, "lr: expected a finite number >= 0, got array(True)"),
+    ({"lr": np.array(1j)}, TypeError, "lr: expected a finite number >= 0, got array(0.+1.j)"),
     ({"weight_decay": -0.1}, ValueError, "weight_decay: expected a finite number >= 0, got -0.1"),
     ({"decoupled_weight_decay": 0}, TypeError, "decoupled_weight_decay: expected True or False, got 0"),
     (
@@ -355,6 +358,8 @@ INVALID = [
     ({"bounds": 1.0}, TypeError, "bounds: expected a pair of numbers or None, the lower first, got 1.0"),
     ({"bounds": (1, -1)}, ValueError, "bounds: expected a pair of numbers or None, the lower first, got (1, -1)"),
     ({"bounds": (None, float("nan"))}, ValueError, "bounds[1]: expected a finite number, got nan"),
+    ({"bounds": (float("inf"), None)}, ValueError, "bounds[0]: expected a finite number, got inf"),
+    ({"bounds": (np.zeros(2), 1)}, TypeError, "bounds[0]: expected a finite number, got array([0., 0.])"),
     ({"bounds": ("a", None)}, TypeError, "bounds[0]: expected a finite number, got 'a'"),
     ({"ema_decay": 1.5}, ValueError, "ema_decay: expected a number in [0, 1] or None, got 1.5"),
     (
@@ -384,6 +389,11 @@ INVALID = [
         {"convention": "caffe"},
         ValueError,
         "convention: expected one of 'torch', 'keras', 'optax', 'tf', 'sklearn', 'thinc', got 'caffe'",
+    ),
+    (
+        {"convention": ["torch"]},
+        ValueError,
+        "convention: expected one of 'torch', 'keras', 'optax', 'tf', 'sklearn', 'thinc', got ['torch']",
     ),
     ({"backend": "cuda"}, ValueError, "backend: expected one of 'c', 'reference', got 'cuda'"),
     ({"num_threads": 0}, ValueError, "num_threads: expected at least 1, got 0"),

@@ -926,7 +926,7 @@ def with_defaults_of_convention(init: Any) -> Any:
             raise TypeError(
                 f"{type(self).__name__}: expected all but {' and '.join(POSITIONAL)} by name, got {len(args)} without"
             )
-        own = self._conventions.get(kwargs.get("convention", "torch"))
+        own = self._conventions.get(_hyper.choice("convention", kwargs.get("convention", "torch")))
         if own:
             given = {*signature.bind(self, *args, **kwargs).arguments, *kwargs}
             missing = {name: value for name, value in own.items() if name not in given}
