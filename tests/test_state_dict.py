@@ -129,6 +129,33 @@ BAD = [
     ),
     (setting("param_groups", 0, "lr", value=-1), ValueError, "lr: expected a finite number >= 0, got -1"),
     (setting("param_groups", value=None), TypeError, "state_dict['param_groups']: expected a list of mappings, got None"),
+    (
+        setting("param_groups", 0, "names", 0, value=[]),
+        ValueError,
+        "state_dict['param_groups']: expected the names [['w', 'b']], got [[[], 'b']]",
+    ),
+    (
+        setting("param_groups", 0, "eps", value=np.zeros(2)),
+        TypeError,
+        "eps: expected a finite number >= 0, got array([0., 0.])",
+    ),
+    (setting("version", value=np.ones(2)), ValueError, "state_dict['version']: expected 1, got array([1., 1.])"),
+    (
+        setting("state", "b", None, value=np.ones(3)),
+        ValueError,
+        "state_dict['state']['b']: expected ['exp_avg', 'exp_avg_sq', 'max_exp_avg_sq'], "
+        "got [None, 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq']",
+    ),
+    (
+        setting("shapes", "b", value=np.ones(2)),
+        ValueError,
+        "state_dict['shapes']['b']: expected [3], got array([1., 1.])",
+    ),
+    (
+        setting("memory_axes", "w", 0, value=np.ones(2)),
+        ValueError,
+        "state_dict['memory_axes']['w']: expected an order of the axes, got [array([1., 1.]), 1]",
+    ),
     (setting("state", value=[1]), TypeError, "state_dict['state']: expected a mapping of mappings, got [1]"),
 ]
 
@@ -143,6 +170,16 @@ def test_bad_state_changes_nothing(change, error, message, saved):
     assert str(caught.value) == message
     assert snapshot(opt) == before
     assert str(opt.param_groups) == str(groups)
+
+
+def test_numbers_of_numpy(saved):
+    saved["step"], saved["options"]["seed"] = np.int64(3), np.int64(5)
+    params = {"w": np.ones((2, 3), np.float32), "b": np.ones(3)}
+    opt = fs.Adam(params, accumulate_dtype="float32")
+    opt.load_state_dict(saved)
+    assert (opt.steps, opt.seed) == (3, 5)
+    opt.accumulate({name: p.copy() for name, p in params.items()})  # whose random bits have a seed below it
+    assert opt.step().step == 4
 
 
 def test_not_a_mapping():

@@ -303,9 +303,11 @@ def choice(name: str, value: Any, label: str | None = None) -> Any:
     return one_of(value, CHOICES[name], label or name)
 
 
-def check_seed(value: Any, label: str = "seed") -> None:
-    if not 0 <= whole_number(value, label) < 2**64:
+def seed(value: Any, label: str = "seed") -> int:
+    whole = whole_number(value, label)
+    if not 0 <= whole < 2**64:
         raise ValueError(f"{label}: expected a whole number in [0, 2**64), got {value}")
+    return whole
 
 
 MAX_THREADS = 2**16

@@ -292,8 +292,7 @@ class Optimizer:
         self.backend: str = defaults["backend"]
         self.num_threads: int | None = defaults["num_threads"]
         self.clip_norm: Hyper | None = defaults["clip_norm"]
-        _hyper.check_seed(defaults["seed"])
-        self.seed = int(defaults["seed"])
+        self.seed = _hyper.seed(defaults["seed"])
         self.stats: bool = _hyper.boolean(defaults["stats"], "stats")
         self.low_precision: str = defaults["low_precision"]
         self.state_dtype: str | None = defaults["state_dtype"]

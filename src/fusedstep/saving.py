@@ -56,12 +56,12 @@ def loading(opt: Optimizer, state_dict: Mapping[str, Any], strict: bool) -> list
     for key, wanted in (
         ("version", VERSION), ("rule", type(opt).__name__), ("convention", opt.convention),
     ):  # fmt: skip
-        if state_dict[key] != wanted:
+        if not isinstance(state_dict[key], (str, int)) or state_dict[key] != wanted:
             raise ValueError(f"{label}[{key!r}]: expected {wanted!r}, got {state_dict[key]!r}")
     step = state_dict["step"]
     if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 0 <= step < 2**53:
         raise ValueError(f"{label}['step']: expected a whole number from 0 to 2**53, got {step!r}")
-    changes = loaded_options(opt, state_dict["options"])
+    options = loaded_options(opt, state_dict["options"])
     groups = loaded_groups(opt, state_dict["param_groups"], strict)
     values = opt._resolve(groups, int(step))
     kernels, part_of = [opt._kernel(part) for part in opt._parts(values)], opt._places(values)
@@ -69,24 +69,26 @@ def loading(opt: Optimizer, state_dict: Mapping[str, Any], strict: bool) -> list
     loaded = loaded_states(opt, state_dict["state"], state_dict.get("memory_axes", {}), specs, strict)
     check_shapes(opt, state_dict.get("shapes", {}))
     owned = opt._completed(specs)
-    seed = state_dict["options"].get("seed", opt.seed)
-    changes += opt._adoption(opt._make_plan(kernels, part_of, owned, int(step), seed), kernels, part_of, owned)
+    plan = opt._make_plan(kernels, part_of, owned, int(step), options.get("seed", opt.seed))
+    changes: list[Change] = [(opt.__dict__, key, value) for key, value in options.items()]
+    changes += opt._adoption(plan, kernels, part_of, owned)
     changes += [(group, key, new[key]) for group, new in zip(opt.param_groups, groups) for key in new]
     changes.append((opt.__dict__, "_sums", None))
     return changes + [(owned[name][key], ..., array) for name, own in loaded.items() for key, array in own.items()]
 
 
-def loaded_options(opt: Optimizer, loaded: Any) -> list[Change]:
+def loaded_options(opt: Optimizer, loaded: Any) -> dict[str, Any]:
+    """The loaded options but those that are callables here, checked."""
     label = "state_dict['options']"
     if not isinstance(loaded, Mapping) or not set(loaded) <= set(OPTIONS):
         raise ValueError(f"{label}: expected a mapping with keys among {', '.join(OPTIONS)}, got {loaded!r}")
     if "clip_norm" in loaded:
         _hyper.resolve("clip_norm", loaded["clip_norm"], 0, f"{label}['clip_norm']")
     if "seed" in loaded:
-        _hyper.check_seed(loaded["seed"], f"{label}['seed']")
+        loaded = {**loaded, "seed": _hyper.seed(loaded["seed"], f"{label}['seed']")}
     if "nonfinite" in loaded:
         _hyper.choice("nonfinite", loaded["nonfinite"], f"{label}['nonfinite']")
-    return [(opt.__dict__, key, value) for key, value in loaded.items() if not has_callable(getattr(opt, key))]
+    return {key: value for key, value in loaded.items() if not has_callable(getattr(opt, key))}
 
 
 def loaded_groups(opt: Optimizer, loaded: Any, strict: bool) -> list[dict[str, Any]]:
@@ -96,9 +98,8 @@ def loaded_groups(opt: Optimizer, loaded: Any, strict: bool) -> list[dict[str, A
         raise TypeError(f"{label}: expected a list of mappings, got {loaded!r}")
     names = [group["names"] for group in opt.param_groups]
     loaded_names = [group.get("names") for group in loaded]
-    if not all(isinstance(own, (list, tuple)) for own in loaded_names) or (
-        strict and names != list(map(list, loaded_names))
-    ):
+    are_names = all(isinstance(own, (list, tuple)) and all(isinstance(n, str) for n in own) for own in loaded_names)
+    if not are_names or (strict and names != list(map(list, loaded_names))):
         raise ValueError(f"{label}: expected the names {names}, got {loaded_names}")
     groups = [dict(group) for group in opt.param_groups]
     for i, group in enumerate(groups):
@@ -109,10 +110,14 @@ def loaded_groups(opt: Optimizer, loaded: Any, strict: bool) -> list[dict[str, A
             for key, value in given.items():
                 if key != "names" and key not in opt._group_defaults:
                     raise ValueError(f"{label}: expected hyper-parameters of {type(opt).__name__}, got {key!r}")
-                if found.setdefault(key, value) != value and key != "names":
+                if found.setdefault(key, value) is not value and key != "names" and found[key] != value:
                     raise ValueError(f"{label}: expected one {key} for {names[i]}, got {found[key]!r} and {value!r}")
         group.update({key: value for key, value in found.items() if key != "names" and not has_callable(group[key])})
     return groups
+
+
+def is_whole_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(v, (int, np.integer)) for v in value)
 
 
 def check_shapes(opt: Optimizer, loaded: Any) -> None:
@@ -120,7 +125,7 @@ def check_shapes(opt: Optimizer, loaded: Any) -> None:
     if not isinstance(loaded, Mapping):
         raise TypeError(f"state_dict['shapes']: expected a mapping, got {loaded!r}")
     for name, param in opt._params.items():
-        if name in loaded and loaded[name] != list(param.shape):
+        if name in loaded and not (is_whole_numbers(loaded[name]) and list(loaded[name]) == list(param.shape)):
             raise ValueError(f"state_dict['shapes'][{name!r}]: expected {list(param.shape)}, got {loaded[name]!r}")
 
 
@@ -142,7 +147,7 @@ def loaded_states(
                 raise ValueError(f"state_dict['state'][{name!r}]: expected state arrays, got none")
             continue
         axes = memory_axes.get(name, opt._axes(param))
-        if not isinstance(axes, (list, tuple)) or sorted(axes, key=str) != sorted(range(param.ndim), key=str):
+        if not is_whole_numbers(axes) or sorted(axes) != list(range(param.ndim)):
             raise ValueError(f"state_dict['memory_axes'][{name!r}]: expected an order of the axes, got {axes!r}")
         states[name] = state.loaded(loaded[name].items(), specs[name], list(axes), f"state_dict['state'][{name!r}]")
     return states

@@ -233,7 +233,7 @@ def loaded(given: Iterable[tuple[str, Any]], specs: dict[str, Spec], axes: list[
     wanted = {key for key in specs if not key.endswith(SCALE)}
     scales = {key + SCALE for key in wanted if key in own and own[key].dtype in storage.LEAST}
     if set(own) != wanted | scales:
-        raise ValueError(f"{label}: expected {sorted(wanted | scales)}, got {sorted(own)}")
+        raise ValueError(f"{label}: expected {sorted(wanted | scales)}, got {sorted(own, key=str)}")
     result: dict[str, Array] = {}
     for key in sorted(wanted):
         result |= converted(key, own, axes, specs, f"{label}[{key!r}]")

@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=checked(int, _hyper.check_num_threads), metavar="N", help="threads of a step")
     parser.add_argument(
         "--seed",
-        type=checked(int, _hyper.check_seed),
+        type=checked(int, _hyper.seed),
         default=0,
         metavar="N",
         help="of the initial weights and the order (default: 0)",
