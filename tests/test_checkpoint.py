@@ -377,6 +377,45 @@ def test_leftovers_of_the_dead_are_removed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [f".a.{os.getppid()}.1.tmp", "a"]
 
 
+def test_leftovers_of_others_stay(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    others = [".b.{0}.1.tmp", ".?.{0}.1.1.tmp", ".?.\u00b2.1.tmp", ".?." + "9" * 30 + ".1.tmp", ".?.{0}.tmp"]
+    others = sorted(name.format(dead.pid) for name in others)
+    for name in others:
+        (tmp_path / name).mkdir()
+    fs.save(tmp_path / "?", make()[1])
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "?"])
+
+
+def test_whole_numbers_of_numpy_come_back(tmp_path):
+    w = np.ones((2, 3))
+    opt = fs.Adafactor({"w": w}, min_dim_size_to_factor=np.int64(2), unit_axes=(np.int32(1),), max_norm=np.float32(9))
+    opt.step({"w": w.copy()})
+    fs.save(tmp_path / "a", opt)
+    other = fs.Adafactor({"w": w.copy()})
+    fs.load(tmp_path / "a", other)
+    group = other.param_groups[0]
+    assert (group["min_dim_size_to_factor"], group["unit_axes"], group["max_norm"]) == (2, (1,), 9.0)
+
+
+def test_names_given_twice(tmp_path):
+    opt = make()[1]
+    with pytest.raises(ValueError, match=r"^params\['a.b'\]: expected names of their own, got one name twice$"):
+        fs.save(tmp_path / "a", opt, {"a": {"b": np.ones(2)}, "a.b": np.ones(2)})
+    assert not (tmp_path / "a").exists()
+
+
+def test_edited_names_are_not_saved(tmp_path):
+    opt = make()[1]
+    names = list(opt.param_groups[0]["names"])
+    opt.param_groups[0]["names"][0] = "other"
+    fs.save(tmp_path / "a", opt)
+    other = make()[1]
+    fs.load(tmp_path / "a", other)
+    assert other.param_groups[0]["names"] == names
+
+
 def test_permissions(tmp_path):
     """Those of any new file, or of the one that is replaced."""
     opt = make()[1]

@@ -600,8 +600,9 @@ def test_state_is_one_block_laid_out_like_the_parameters():
         (lambda groups: groups[0].update(learning_rate=5.0), TypeError, "param_groups[0]: unknown key 'learning_rate'"),
         (lambda groups: groups.append(dict(groups[0])), ValueError, "param_groups: expected 1 as at first, got 2"),
         (lambda groups: groups.clear(), ValueError, "param_groups: expected 1 as at first, got 0"),
+        (lambda groups: groups.__setitem__(0, None), TypeError, "param_groups: expected a list of dicts, got [None]"),
     ],
-    ids=["without lr", "unknown", "another", "none"],
+    ids=["without lr", "unknown", "another", "none", "no dict"],
 )
 def test_edits_that_are_none_of_a_hyper_parameter(backend, edit, error, message):
     w = np.ones(2)
@@ -612,6 +613,17 @@ def test_edits_that_are_none_of_a_hyper_parameter(backend, edit, error, message)
         opt.step({"w": np.ones(2)})
     assert opt.steps == 1
     np.testing.assert_array_equal(w, [0.5, 0.5])
+
+
+def test_a_class_derived_from_a_rule():
+    class Fast(fs.Adam):
+        def __init__(self, params, lr=0.5):
+            super().__init__(params, lr=lr)
+
+    p, q = ones(2), ones(2)
+    Fast(p).step(ones(2))
+    fs.Adam(q, lr=0.5).step(ones(2))
+    np.testing.assert_array_equal(p, q)
 
 
 def test_attributes_that_would_have_no_effect():

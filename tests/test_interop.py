@@ -359,6 +359,11 @@ BAD = [
         "params['b']: expected the same whole number of steps as params['w'], 4.0, got 0",
     ),
     (
+        lambda d: d.update(state={str(key): own for key, own in d["state"].items()}),  # as JSON has them
+        ValueError,
+        "state_dict['state']: expected keys among the groups' params, got ['0', '1']",
+    ),
+    (
         setting("state", 0, "step", value=1.5),
         ValueError,
         "params['w']: expected the same whole number of steps as params['w'], 1.5, got 1.5",

@@ -59,6 +59,12 @@ BAD = [
     (dict(step=1.5), ValueError, "step: expected a whole number >= 1, got 1.5"),
     (dict(step=10**5000), ValueError, f"step: expected a whole number <= {2**53}, got a larger one"),
     (dict(lr=-1), ValueError, "lr: expected a finite number >= 0, got -1"),
+    (dict(lr=float), TypeError, "lr: expected no schedule, which only optimizers follow, got <class 'float'>"),
+    (
+        dict(betas=(0.9, float)),
+        TypeError,
+        "betas: expected no schedule, which only optimizers follow, got (0.9, <class 'float'>)",
+    ),
     (dict(betas=(0.9,)), TypeError, "betas: expected a pair of numbers, got (0.9,)"),
     (dict(param=READ_ONLY), ValueError, "param: expected a writeable array, got a read-only one"),
     (dict(exp_avg=READ_ONLY), ValueError, "exp_avg: expected a writeable array, got a read-only one"),

@@ -196,6 +196,24 @@ def test_changes_are_noticed(change, form, binds, stats, rng):
     assert_same_bits(compiled, reference)
 
 
+@pytest.mark.parametrize("what", ["params", "grads", "state"])
+def test_a_schedule_that_makes_arrays_read_only(what):
+    """They are looked at after it."""
+    w, g = np.ones(3), np.ones(3)
+
+    def lr(step):
+        if step == 1:
+            {"params": w, "grads": g, "state": opt.state["w"]["momentum_buffer"]}[what].flags.writeable = False
+        return 0.5
+
+    opt = fs.SGD({"w": w}, lr=lr, momentum=0.5)
+    opt.step({"w": g})
+    with pytest.raises(ValueError, match=rf"^{what}\['w'\].*: expected a writeable array"):
+        opt.step({"w": g}, zero_grads=what == "grads")
+    assert opt.steps == 1
+    assert w.tolist() == [0.5] * 3
+
+
 @pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("form", ["one", "list", "dict", "nested", "groups"])
 def test_the_short_way_is_taken(form, stats, rng, monkeypatch):

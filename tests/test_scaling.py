@@ -78,6 +78,15 @@ def test_it_goes_on_after_loading():
     assert other.state_dict() == {"scale": 2.0**17, "good_steps": 0}
 
 
+def test_an_interval_made_shorter():
+    opt, scaler = fs.SGD(np.zeros(2, np.float32), nonfinite="skip"), fs.DynamicLossScaler(1.0, growth_interval=9)
+    for _ in range(5):
+        scaler.step(opt, gradient(True))
+    scaler.growth_interval = 3
+    scaler.step(opt, gradient(True))
+    assert scaler.scale == 2.0
+
+
 def test_the_scale_stays_in_range():
     opt = fs.SGD(np.zeros(2, np.float32), nonfinite="skip")
     for finite, backoff, growth in ((True, 0.5, 1e30), (False, 1e-30, 2.0)):

@@ -219,6 +219,15 @@ def test_lookahead_and_groups():
         assert params["a"][0] == -1.0
 
 
+def test_lookahead_whose_average_is_edited_away():
+    w = np.zeros(2)
+    opt = fs.Lookahead(fs.SGD(w, lr=1.0), k=1)
+    opt.step(np.ones(2))
+    opt.opt.param_groups[0]["ema_decay"] = None
+    opt.step(np.ones(2))
+    assert w.tolist() == [-1.5, -1.5]
+
+
 # ---- SAM ----------------------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +354,20 @@ def test_sam_with_nonfinite_gradients_as_0():
     np.testing.assert_array_equal(second, [[3.75], [5.0], [1.0]])
 
 
+@pytest.mark.parametrize("call", [1, 2])
+def test_closure_without_gradients(call):
+    """Those bound by an earlier step are not taken."""
+    w = np.ones(2)
+    opt = fs.SAM(fs.SGD(w, lr=0.5))
+    opt.step(lambda: w.copy())
+    before = w.copy()
+    results = iter([None] if call == 1 else [w.copy(), None])
+    with pytest.raises(TypeError, match="^closure: expected one that returns gradients, got None from it$"):
+        opt.step(lambda: next(results))
+    np.testing.assert_array_equal(w, before)
+    assert opt.steps == 1
+
+
 def test_no_step_within_the_closure():
     w = np.ones(2)
     opt = fs.SGD(w, lr=0.5)
@@ -456,7 +479,7 @@ def test_interrupts_at_random(backend):
         (lambda opt: fs.SAM(opt).step(np.ones(2)), TypeError,
          "closure: expected a callable that returns gradients, got array([1., 1.])"),
         (lambda opt: fs.SAM(opt).step(lambda: np.ones(3)), ValueError, "grads['0']: expected shape (2,), got (3,)"),
-        (lambda opt: fs.SAM(opt).step(lambda: None), TypeError, "grads['0']: expected an array, got NoneType"),
+        (lambda opt: fs.SAM(opt).step(lambda: None), TypeError, "closure: expected one that returns gradients, got None from it"),
     ],
 )  # fmt: skip
 def test_errors(make, error, message):

@@ -902,6 +902,11 @@ cdef class Plan:
             leaves = []
             if not gather(spec, grads, leaves):
                 return None
+        if self.follows:    # schedules, which may do anything: arrays are looked at afterwards
+            seen = self.seen
+            if not optimizer._follow_schedules():
+                return None
+            self.seen = seen    # nothing else has changed
         if self.find_bad(leaves, &moved, &near) >= 0 or near:
             return None
         if moved:
@@ -916,12 +921,6 @@ cdef class Plan:
         for i in range(self.n_beside):
             if not PyArray_ISWRITEABLE(self.beside[i]):
                 return None
-        if self.follows:
-            seen = self.seen
-            if not optimizer._follow_schedules():
-                return None
-            self.seen = seen    # nothing else has changed
-
         self.options.clear_grads = zero_grads and self.grads_lie_apart()
         if self.plan.n_elements < N_SMALL:
             fs_measure(self.plan, &self.options, &report)

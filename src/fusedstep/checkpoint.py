@@ -7,7 +7,9 @@ and ``sha256``, over the content and all arrays. Its tensors are ``params/NAME``
 from __future__ import annotations
 
 import importlib
+import operator
 import os
+import re
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,7 +111,7 @@ def save(path: str | os.PathLike[str], opt: Optimizer | Wrapper, params: Any = N
             "state_dict": state_dict,
             "extra": as_json(extra, "extra"),
         }
-        text = json.dumps(content, default=float)
+        text = json.dumps(content, default=plain)
         metadata = {"format": FORMAT, "version": str(VERSION), "content": text, "sha256": digest(text, tensors)}
         write(target, tensors, metadata)
 
@@ -129,7 +131,8 @@ def load(
     opt : Optimizer, Lookahead or SAM, optional
         Goes on from the checkpoint: gets its state, step number, and hyper-parameters but for those that are callables here.
     params : array, or (nested) sequence or mapping of arrays, optional
-        Overwritten in place by the parameters of the same names; by default those of the optimizer, ``{}`` for none.
+        Overwritten in place by the parameters of the same names; by default those of the optimizer. For none of them,
+        ``{}`` with ``strict=False``.
     strict : bool
         Whether the names must be the same on both sides; else those on both sides are loaded.
 
@@ -200,10 +203,19 @@ def named_arrays(params: Any, opt: Optimizer | None) -> list[tuple[str, Array]]:
     if params is None and opt is not None:
         return opt._params.items()
     structure = trees.Structure(params)
+    trees.check_names(structure.names)
     arrays = [(name, _arrays.as_array(leaf, f"params[{name!r}]")) for name, leaf in zip(structure.names, structure.leaves)]
     for name, array in arrays:
         _arrays.check_dtype(array, f"params[{name!r}]")
     return arrays
+
+
+def plain(number: Any) -> int | float:
+    """A hyper-parameter of another type than Python's own."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        return float(number)
 
 
 def as_json(value: Any, label: str) -> Any:
@@ -309,9 +321,9 @@ def remove_leftovers(path: Path) -> None:
     """Remove what processes left that were killed while they saved here."""
     import shutil
 
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        pid = leftover.name[len(path.name) + 2 :].split(".")[0]
-        if pid.isdigit() and not is_running(int(pid)):
+    for leftover in path.parent.glob(".*.tmp"):
+        match = re.fullmatch(rf"\.{re.escape(path.name)}\.([0-9]{{1,9}})\.[0-9]+\.tmp", leftover.name)
+        if match and not is_running(int(match[1])):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -187,7 +187,7 @@ class Optimizer:
     """Whether steps depend on norms of whole arrays."""
     _conventions: ClassVar[dict[str, dict[str, Any]]] = {"torch": {}}
     """Whose equations there are, with the defaults that are not those of the signature; REQUIRED for those to be given."""
-    _lengths: ClassVar[dict[str, int]]  # of the hyper-parameters that are several numbers
+    _lengths: ClassVar[dict[str, int]] = {}  # of the hyper-parameters that are several numbers
 
     @staticmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -271,7 +271,7 @@ class Optimizer:
             cls.__init__ = with_defaults_of_convention(cls.__init__)  # type: ignore[method-assign]
         # Show the common options in help() and in editors.
         own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name not in ("self", "options")]
-        cls._lengths = {p.name: len(p.default) for p in own if isinstance(p.default, tuple)}
+        cls._lengths = cls._lengths | {p.name: len(p.default) for p in own if isinstance(p.default, tuple)}
         defaults = _hyper.OPTION_DEFAULTS | cls._option_defaults
         options = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in defaults.items()]
         cls.__signature__ = inspect.Signature(own + options)  # type: ignore[attr-defined]
@@ -354,6 +354,8 @@ class Optimizer:
     def _resolve(self, groups: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
         """The values of each group's hyper-parameters at this step, checked: those of last time if none has changed."""
         n_groups = len(self._params.groups)
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            raise TypeError(f"param_groups: expected a list of dicts, got {groups!r}")
         if len(groups) != n_groups:
             raise ValueError(
                 f"param_groups: expected {n_groups} as at first, got {len(groups)}: for other parameters make "
@@ -654,6 +656,8 @@ class Optimizer:
         array([-2., -2.])
         """
         with self._lock:
+            if self.num_threads is not None:
+                _hyper.check_num_threads(self.num_threads)
             bound = self._plan.grads
             if grads is None and bound is None:
                 raise ValueError("grads: expected gradients, got none, and none are bound")

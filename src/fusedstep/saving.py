@@ -38,8 +38,8 @@ def live_state_dict(opt: Optimizer) -> dict[str, Any]:
         "shapes": {name: list(param.shape) for name, param in opt._params.items()},
         "memory_axes": {name: opt._axes(param) for name, param in opt._params.items()},
         "param_groups": [
-            {key: value for key, value in group.items() if key != "params" and not has_callable(value)}
-            for group in opt.param_groups
+            {"names": list(names)} | {key: group[key] for key in opt._group_defaults if not has_callable(group[key])}
+            for (names, _), group in zip(opt._params.groups, opt.param_groups)
         ],
     }
 
@@ -96,7 +96,7 @@ def loaded_groups(opt: Optimizer, loaded: Any, strict: bool) -> list[dict[str, A
     label = "state_dict['param_groups']"
     if not isinstance(loaded, (list, tuple)) or not all(isinstance(group, Mapping) for group in loaded):
         raise TypeError(f"{label}: expected a list of mappings, got {loaded!r}")
-    names = [group["names"] for group in opt.param_groups]
+    names = [own for own, _ in opt._params.groups]
     loaded_names = [group.get("names") for group in loaded]
     are_names = all(isinstance(own, (list, tuple)) and all(isinstance(n, str) for n in own) for own in loaded_names)
     if not are_names or (strict and names != list(map(list, loaded_names))):

@@ -106,7 +106,7 @@ class DynamicLossScaler:
         if not report.applied:
             self.scale = max(SMALLEST, self.scale * self.backoff_factor)
             self._good_steps = 0
-        elif self._good_steps + 1 == self.growth_interval:
+        elif self._good_steps + 1 >= self.growth_interval:
             self.scale = min(LARGEST, self.scale * self.growth_factor)
             self._good_steps = 0
         else:

@@ -180,7 +180,9 @@ class Lookahead(Wrapper):
             for name, param, part in zip(opt._params.names, opt._params.arrays, opt._part_of):
                 own = state.operands_of(opt._kernels[part], opt.state[name], param, opt.low_precision)
                 slow, residual = own.average, own.residual
-                if slow is None or not state.is_low_precision(param):
+                if slow is None:
+                    continue  # ema_decay was edited to be None: this group has none any more
+                if not state.is_low_precision(param):
                     changes.append((param, ..., slow))
                     continue
                 rounded, rest = param.copy(), None if residual is None else residual.copy()
@@ -271,7 +273,7 @@ class SAM(Wrapper):
         if not callable(closure):
             raise TypeError(f"closure: expected a callable that returns gradients, got {closure!r}")
         opt = self._settled()
-        grads = closure()
+        grads = self._gradients(closure)
         restore = None
         try:
             with opt._lock:
@@ -280,11 +282,18 @@ class SAM(Wrapper):
                     show, restore = opt._showing("others (within the closure of SAM.step)", perturbed)
                     show()
             if restore is not None:
-                grads = closure()
+                grads = self._gradients(closure)
         finally:
             if restore is not None and opt._shown is not None:
                 restore()
         return self.opt.step(grads, grad_scale=grad_scale, zero_grads=zero_grads)
+
+    @staticmethod
+    def _gradients(closure: Callable[[], Any]) -> Any:
+        grads = closure()
+        if grads is None:  # which stands for those that are bound
+            raise TypeError("closure: expected one that returns gradients, got None from it")
+        return grads
 
     def _perturbed(self, opt: Optimizer, grads: Any) -> list[tuple[Array, Array]] | None:
         """The parameters with their values nearby; None if the optimizer would not go there, for inf or nan."""

@@ -99,6 +99,9 @@ def from_torch(
         raise ValueError(
             f"names: expected the order of PyTorch, whose groups have {sizes} parameters, not {own_sizes}; got none"
         )
+    unknown = set(state_dict["state"]).difference(*(group["params"] for group in groups))
+    if unknown:
+        raise ValueError(f"{label}['state']: expected keys among the groups' params, got {sorted(unknown, key=str)}")
     left = iter(ordered)
     counts: dict[str, float] = {}
     hypers: Hypers = {}
