@@ -399,6 +399,12 @@ def test_whole_numbers_of_numpy_come_back(tmp_path):
     assert (group["min_dim_size_to_factor"], group["unit_axes"], group["max_norm"]) == (2, (1,), 9.0)
 
 
+def test_no_such_folder(tmp_path):
+    path = tmp_path / "none" / "a"
+    with pytest.raises(FileNotFoundError, match=f"^{path}: expected a folder to put it into, got none$"):
+        fs.save(path, make()[1])
+
+
 def test_names_given_twice(tmp_path):
     opt = make()[1]
     with pytest.raises(ValueError, match=r"^params\['a.b'\]: expected names of their own, got one name twice$"):

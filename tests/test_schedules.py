@@ -352,6 +352,14 @@ def test_it_shows_its_arguments_and_can_be_copied(name):
         assert [other(k) for k in range(N)] == [schedule(k) for k in range(N)]
 
 
+def test_arguments_that_change_later():
+    scales, parts = {2: 0.5}, [0.25, 0.75]
+    schedules = [s.piecewise_constant_schedule(1.0, scales), s.join_schedules(parts, [2])]
+    scales[2], parts[1] = 0.0, 0.0
+    for schedule in schedules:
+        assert eval(repr(schedule), vars(s))(3) == schedule(3) != 0.0
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_late_steps_take_no_longer(name):
     assert 0 <= EXAMPLES[name](LEAST_STEPS)(10**15) <= 1

@@ -1,5 +1,6 @@
 """Lookahead and SAM: against optax and worked values, bits of both backends, and whole or not at all."""
 
+import contextlib
 import copy
 import random
 import signal
@@ -217,6 +218,21 @@ def test_lookahead_and_groups():
     assert [p[0] for p in params.values()] == [-1.0, -2.0, 0.0]
     with opt.opt.averaged():
         assert params["a"][0] == -1.0
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_no_exchange_for_a_step_that_was_not_taken(policy):
+    """Even if a state dict brings its number of steps."""
+    w, other = np.zeros(1), np.zeros(1)
+    opt = fs.Lookahead(fs.SGD(w, lr=1.0, nonfinite=policy), k=2)
+    third = fs.Lookahead(fs.SGD(other, lr=1.0), k=3)
+    for _ in range(2):
+        third.step(np.ones(1))
+    opt.step(np.ones(1))
+    with contextlib.suppress(fs.NonFiniteGradientError):
+        opt.step(np.full(1, np.nan))
+    opt.load_state_dict(third.state_dict())
+    assert (opt.steps, opt.state_dict()["step"], w[0]) == (2, 2, -1.0)
 
 
 def test_lookahead_whose_average_is_edited_away():

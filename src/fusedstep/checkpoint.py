@@ -283,6 +283,8 @@ def write(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> No
     path = path.resolve()  # where a link points to
     if path.exists() and not path.is_file():
         raise OSError(f"{path}: expected a file or nothing there, got a directory, device or pipe")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: expected a folder to put it into, got none")
     remove_leftovers(path)
     # A folder, because the library may make temporary files of its own.
     folder = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")

@@ -513,7 +513,8 @@ class Optimizer:
         grad_scale : float
             Gradients are divided by this first: the loss scale, or the number of accumulated batches.
         zero_grads : bool
-            Set the gradients to 0 afterwards, also if the step is skipped.
+            Set the gradients to 0 afterwards, also if the step is skipped. Those that :meth:`accumulate` has added up stay as
+            they are.
 
         Returns
         -------

@@ -72,7 +72,9 @@ def schedule(make: Callable[P, Function]) -> Callable[P, Schedule]:
         function = make(*args, **kwargs)
         if isinstance(function, Schedule):  # one made with another's formula
             function = function._function
-        return Schedule(make_schedule, signature.bind(*args, **kwargs).arguments, function)
+        arguments = signature.bind(*args, **kwargs).arguments
+        own = {name: value.copy() if isinstance(value, (list, dict)) else value for name, value in arguments.items()}
+        return Schedule(make_schedule, own, function)
 
     return make_schedule
 

@@ -161,7 +161,11 @@ class Lookahead(Wrapper):
             self._exchange_if_due()
             next_step = self.opt.steps + 1
             self._exchange_at = None if next_step % self.k else next_step
-            report = self.opt.step(grads, grad_scale=grad_scale, zero_grads=zero_grads)
+            try:
+                report = self.opt.step(grads, grad_scale=grad_scale, zero_grads=zero_grads)
+            finally:
+                if self.opt.steps != next_step:
+                    self._exchange_at = None
             self._exchange_if_due()
         return report
 
