@@ -513,8 +513,7 @@ class Optimizer:
         grad_scale : float
             Gradients are divided by this first: the loss scale, or the number of accumulated batches.
         zero_grads : bool
-            Set the gradients to 0 afterwards, also if the step is skipped. Those that :meth:`accumulate` has added up stay as
-            they are.
+            Set the gradients to 0 afterwards, also if the step is skipped; but not those that :meth:`accumulate` was given.
 
         Returns
         -------
