@@ -615,15 +615,23 @@ def test_edits_that_are_none_of_a_hyper_parameter(backend, edit, error, message)
     np.testing.assert_array_equal(w, [0.5, 0.5])
 
 
-def test_a_class_derived_from_a_rule():
+def test_classes_derived_from_a_rule():
     class Fast(fs.Adam):
-        def __init__(self, params, lr=0.5):
-            super().__init__(params, lr=lr)
+        def __init__(self, params, lr=0.5, betas=(0.5, 0.5)):
+            super().__init__(params, lr, betas=betas)
 
-    p, q = ones(2), ones(2)
-    Fast(p).step(ones(2))
-    fs.Adam(q, lr=0.5).step(ones(2))
-    np.testing.assert_array_equal(p, q)
+    class Any(fs.Adam):
+        def __init__(self, *args, **options):
+            super().__init__(args[0], lr=args[1], betas=args[2], **options)
+
+    p, q, r = ones(2), ones(2), ones(2)
+    for opt in Fast(p, 0.5, (0.5, 0.75)), Any(q, 0.5, (0.5, 0.75)), fs.Adam(r, lr=0.5, betas=(0.5, 0.75)):
+        opt.step(ones(2))
+        opt.step(ones(2) * 3)
+    np.testing.assert_array_equal(p, r)
+    np.testing.assert_array_equal(q, r)
+    with pytest.raises(TypeError, match="^Fast: expected all but params and lr and betas by name, got 4 without$"):
+        Fast(p, 0.5, (0.5, 0.5), 1e-8)
 
 
 def test_attributes_that_would_have_no_effect():

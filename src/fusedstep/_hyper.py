@@ -126,7 +126,7 @@ def whole_number(value: Any, label: str, least: float = -math.inf, most: float =
 
 
 def real(wanted: str, accept: Callable[[float], bool] = math.isfinite) -> Callable[[Any, str], float]:
-    """A check: that of finite numbers like this."""
+    """A check for finite numbers of this kind."""
     return functools.partial(number, wanted=wanted, accept=accept)
 
 

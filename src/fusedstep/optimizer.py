@@ -915,19 +915,20 @@ class Optimizer:
 
 
 REQUIRED = "to be given"
-POSITIONAL = ("params", "lr")
-"""Arguments that need no name."""
 
 
 def with_defaults_of_convention(init: Any) -> Any:
     """An optimizer's ``__init__`` for which arguments left out have the defaults of its convention."""
     signature = inspect.signature(init)
+    kinds = [(name, p.kind) for name, p in signature.parameters.items()]
+    unnamed = [name for name, kind in kinds if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]  # without self
+    takes_any = any(kind is inspect.Parameter.VAR_POSITIONAL for _, kind in kinds)
 
     @functools.wraps(init)
     def wrapped(self: Optimizer, *args: Any, **kwargs: Any) -> None:
-        if len(args) > len(POSITIONAL):
+        if len(args) > len(unnamed) and not takes_any:
             raise TypeError(
-                f"{type(self).__name__}: expected all but {' and '.join(POSITIONAL)} by name, got {len(args)} without"
+                f"{type(self).__name__}: expected all but {' and '.join(unnamed)} by name, got {len(args)} without"
             )
         own = self._conventions.get(_hyper.choice("convention", kwargs.get("convention", "torch")))
         if own:
