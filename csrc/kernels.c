@@ -202,8 +202,9 @@ static const uint32_t LAST_TO_FIT = 0x7f600000;
 NOINLINE uint8_t to_last_code(float x, float base, uint32_t fraction, uint32_t sign, bool finite)
 {
     const float magnitude = float_from_bits(float_bits(x) & 0x7fffffff);
-    const uint32_t code = (float_bits(magnitude + base) + fraction - float_bits(base)) >> 20, last = 0xff ^ sign;
-    return finite ? (uint8_t)((code < last ? code : last) | (float_bits(x) >> 24 & sign)) : 0;
+    const uint32_t code = (float_bits(magnitude + base) + fraction - float_bits(base)) >> 20;
+    const uint32_t first = sign ? 0 : 1, last = 0xff ^ sign;
+    return finite ? (uint8_t)((code < first ? first : code > last ? last : code) | (float_bits(x) >> 24 & sign)) : 0;
 }
 
 /* ---- Parameters of 16 bits ------------------------------------------------------------------------------------------ */

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import SETTINGS, setting_id
+from conftest import SETTINGS, assert_same_bits, setting_id
 
 import fusedstep as fs
 from fusedstep import _arrays
@@ -67,6 +67,20 @@ def test_magnitudes_and_zeros(dtype):
         values = np.full(300, largest, np.float32)
         np.testing.assert_allclose(stored(values, dtype), values, rtol=1 / 8, atol=2.0**-129)
     np.testing.assert_array_equal(stored(np.zeros(300, np.float32), dtype), 0)
+
+
+@pytest.mark.parametrize("size", [29, 256, 300])
+def test_nothing_becomes_0_beside_the_largest(level, size):
+    """Found by fuzzing: not in a block above 7/4 times the highest scale either."""
+    found = []
+    for backend in ("c", "reference"):
+        w, g = np.ones(size), np.full(size, 3e38)
+        g[1::2] = 0.0
+        opt = fs.Adamax({"w": w}, state_dtype="int8", backend=backend)
+        opt.step({"w": g})
+        assert opt.state["w"]["exp_inf"].all()
+        found.append([w, *opt.state["w"].values()])
+    assert_same_bits(*found)
 
 
 @pytest.mark.parametrize(("rule", "options"), [(fs.SGD, {"momentum": 0.9}), (fs.Adagrad, {})])
