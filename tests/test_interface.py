@@ -620,12 +620,12 @@ def test_classes_derived_from_a_rule():
         def __init__(self, params, lr=0.5, betas=(0.5, 0.5)):
             super().__init__(params, lr, betas=betas)
 
-    class Any(fs.Adam):
+    class Variadic(fs.Adam):
         def __init__(self, *args, **options):
             super().__init__(args[0], lr=args[1], betas=args[2], **options)
 
     p, q, r = ones(2), ones(2), ones(2)
-    for opt in Fast(p, 0.5, (0.5, 0.75)), Any(q, 0.5, (0.5, 0.75)), fs.Adam(r, lr=0.5, betas=(0.5, 0.75)):
+    for opt in Fast(p, 0.5, (0.5, 0.75)), Variadic(q, 0.5, (0.5, 0.75)), fs.Adam(r, lr=0.5, betas=(0.5, 0.75)):
         opt.step(ones(2))
         opt.step(ones(2) * 3)
     np.testing.assert_array_equal(p, r)

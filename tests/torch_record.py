@@ -37,12 +37,14 @@ def params_after(torch: Any, rule: str, settings: dict[str, Any], start: Any, gr
     """Where PyTorch ends."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # scalars like ASGD's step size have that
-    param = torch.nn.Parameter(torch.tensor(start))
-    opt = getattr(torch.optim, rule)([param], **settings)
-    for grad in grads:
-        param.grad = torch.tensor(grad)
-        opt.step()
-    torch.set_default_dtype(before)
+    try:
+        param = torch.nn.Parameter(torch.tensor(start))
+        opt = getattr(torch.optim, rule)([param], **settings)
+        for grad in grads:
+            param.grad = torch.tensor(grad)
+            opt.step()
+    finally:
+        torch.set_default_dtype(before)
     return param.detach().numpy()
 
 

@@ -91,7 +91,7 @@ CHOICES = {
 def is_real(value: Any) -> bool:
     """Whether a value is a real number as far as its type says."""
     if isinstance(value, (np.ndarray, np.generic)):
-        return value.ndim == 0 and value.dtype.kind not in "bcmMSU"
+        return value.ndim == 0 and value.dtype.kind not in "bcmMSU"  # bool, complex, time, text
     return hasattr(value, "__float__") and not isinstance(value, bool)
 
 
@@ -265,6 +265,11 @@ def decay_mode(values: Mapping[str, Any]) -> str:
     """The kind of weight decay that `decay_mode`, or `decoupled_weight_decay` in its absence, asks for."""
     mode: str | None = values.get("decay_mode")
     return mode or ("decoupled" if values.get("decoupled_weight_decay") else "coupled")
+
+
+def has_callable(value: Any) -> bool:
+    """Whether a hyper-parameter, or one of its numbers, is a schedule."""
+    return callable(value) or (isinstance(value, (tuple, list)) and any(callable(v) for v in value))
 
 
 def resolve(name: str, value: Any, step: int, label: str, length: int | None = None) -> Any:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _arrays, _extension, _hyper, rules, saving
+from . import _arrays, _extension, _hyper, rules
 from .optimizer import Optimizer
 from .reference import stages, storage
 from .reference.plan import keywords
@@ -72,7 +72,7 @@ def compiled(optimizer: type[Optimizer]) -> Callable[..., None]:
         values = defaults.copy()
         for name, value in kwargs.items():
             if name in known:
-                if saving.has_callable(value):
+                if _hyper.has_callable(value):
                     raise TypeError(f"{name}: expected no schedule, which only optimizers follow, got {value!r}")
                 values[name] = _hyper.resolve(name, value, 0, name, lengths.get(name))
             elif name not in array_names and name != "step":

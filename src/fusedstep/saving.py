@@ -20,10 +20,6 @@ VERSION = 1
 OPTIONS = ("clip_norm", "seed", "nonfinite")  # of the whole optimizer; groups save theirs
 
 
-def has_callable(value: Any) -> bool:
-    return callable(value) or (isinstance(value, (tuple, list)) and any(callable(v) for v in value))
-
-
 def live_state_dict(opt: Optimizer) -> dict[str, Any]:
     """An optimizer's :meth:`Optimizer.state_dict` with the state arrays themselves."""
     steps = opt._plan.steps
@@ -33,12 +29,12 @@ def live_state_dict(opt: Optimizer) -> dict[str, Any]:
         "rule": type(opt).__name__,
         "convention": opt.convention,
         "step": steps,
-        "options": {key: value for key in OPTIONS if not has_callable(value := getattr(opt, key))},
+        "options": {key: value for key in OPTIONS if not _hyper.has_callable(value := getattr(opt, key))},
         "state": {name: dict(own) for name, own in opt.state.items()},
         "shapes": {name: list(param.shape) for name, param in opt._params.items()},
         "memory_axes": {name: opt._axes(param) for name, param in opt._params.items()},
         "param_groups": [
-            {"names": list(names)} | {key: group[key] for key in opt._group_defaults if not has_callable(group[key])}
+            {"names": list(names)} | {key: group[key] for key in opt._group_defaults if not _hyper.has_callable(group[key])}
             for (names, _), group in zip(opt._params.groups, opt.param_groups)
         ],
     }
@@ -88,7 +84,7 @@ def loaded_options(opt: Optimizer, loaded: Any) -> dict[str, Any]:
         loaded = {**loaded, "seed": _hyper.seed(loaded["seed"], f"{label}['seed']")}
     if "nonfinite" in loaded:
         _hyper.choice("nonfinite", loaded["nonfinite"], f"{label}['nonfinite']")
-    return {key: value for key, value in loaded.items() if not has_callable(getattr(opt, key))}
+    return {key: value for key, value in loaded.items() if not _hyper.has_callable(getattr(opt, key))}
 
 
 def loaded_groups(opt: Optimizer, loaded: Any, strict: bool) -> list[dict[str, Any]]:
@@ -112,7 +108,7 @@ def loaded_groups(opt: Optimizer, loaded: Any, strict: bool) -> list[dict[str, A
                     raise ValueError(f"{label}: expected hyper-parameters of {type(opt).__name__}, got {key!r}")
                 if found.setdefault(key, value) is not value and key != "names" and found[key] != value:
                     raise ValueError(f"{label}: expected one {key} for {names[i]}, got {found[key]!r} and {value!r}")
-        group.update({key: value for key, value in found.items() if key != "names" and not has_callable(group[key])})
+        group.update({key: value for key, value in found.items() if key != "names" and not _hyper.has_callable(group[key])})
     return groups
 
 
