@@ -107,6 +107,21 @@ def test_iterators_as_params_and_grads():
     assert not params["b"].any()
 
 
+def test_iterators_that_have_given_all():
+    params = iter([ones(3)])
+    fs.SGD(params)
+    with pytest.raises(ValueError, match="^params: expected arrays, got none from an iterator, which gives them once only$"):
+        fs.SGD(params)
+    with pytest.raises(ValueError, match=r"^params\['a'\]: expected arrays, got none from an iterator"):
+        fs.SGD({"a": params, "b": ones(2)})
+    assert fs.SGD([]).step([]).applied  # which says that there are none
+
+
+def test_the_base_is_no_rule():
+    with pytest.raises(TypeError, match="abstract class Optimizer"):
+        fs.Optimizer(ones(3))
+
+
 def test_groups_have_their_own_hyperparameters():
     a, b = ones(3), ones(3)
     opt = fs.SGD([{"params": [a], "lr": 0.5}, {"params": [b], "momentum": 0.9}], lr=0.25)
@@ -229,7 +244,12 @@ def test_gradients_are_never_changed(backend, rng):
 def test_zero_grads(backend):
     p, g = ones(3), ones(3)
     opt = fs.SGD([p], lr=0.5, nonfinite="skip", backend=backend)
+    for bad in ("no", 1, np.array([1, 0])):
+        with pytest.raises(TypeError, match="^zero_grads: expected True or False, got "):
+            opt.step([g], zero_grads=bad)
     opt.step([g], zero_grads=True)
+    with pytest.raises(TypeError, match="^zero_grads: expected True or False, got 'no'$"):
+        opt.step([g], zero_grads="no")
     assert p[0] == 0.5
     assert not g.any()
     g[1] = np.nan

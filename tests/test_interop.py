@@ -344,6 +344,11 @@ BAD = [
         "state_dict['param_groups']: expected parameters for ['w', 'b'], got 1",
     ),
     (
+        setting("param_groups", value=[{"lr": 0.5}]),
+        TypeError,
+        "state_dict['param_groups']: expected a list of dicts with 'params', got [{'lr': 0.5}]",
+    ),
+    (
         without("param_groups", 0, "amsgrad"),  # RAdam of PyTorch, for example
         ValueError,
         "state_dict['param_groups'][0]['amsgrad']: expected a hyper-parameter of Adam, got none",

@@ -93,6 +93,24 @@ def test_without_the_extension():
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
 
 
+def test_modules_imported_where_they_are_used():
+    code = """
+        import sys, fusedstep as fs
+        assert {"interop", "kernels", "AdamW"} <= set(dir(fs))
+        assert not {"fusedstep.interop", "fusedstep.kernels"} & set(sys.modules)
+        fs.kernels.sgd, fs.interop.from_torch
+        from fusedstep import *
+        assert kernels is fs.kernels
+        try:
+            fs.kernel
+        except AttributeError as error:
+            assert str(error) == "module 'fusedstep' has no attribute 'kernel'"
+        else:
+            raise AssertionError
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
+
+
 def test_clip_functions_are_their_references(monkeypatch, rng):
     from fusedstep import _extension, clipping
 

@@ -116,10 +116,17 @@ def test_bad_use():
     scaler = fs.DynamicLossScaler()
     with pytest.raises(ValueError, match="opt: expected an optimizer with nonfinite='skip', got 'raise'"):
         scaler.step(fs.SGD(np.zeros(2)), np.zeros(2))
-    for bad in ({}, {"scale": 1.0, "good_steps": 2000}, {"scale": 1.0, "good_steps": 0.5}, {"scale": 0.0, "good_steps": 0}):
-        with pytest.raises(ValueError, match="state_dict"):
+    for bad, error in (
+        ({}, ValueError),
+        ({"scale": 1.0, "good_steps": 2000}, ValueError),
+        ({"scale": 1.0, "good_steps": 0.5}, TypeError),
+        ({"scale": 0.0, "good_steps": 0}, ValueError),
+    ):
+        with pytest.raises(error, match="^state_dict"):
             scaler.load_state_dict(bad)
     assert scaler.scale == 2.0**16
+    scaler.load_state_dict({"scale": np.float32(8.0), "good_steps": np.int64(1999)})  # as other formats give them back
+    assert scaler.state_dict() == {"scale": 8.0, "good_steps": 1999}
 
 
 def test_arguments_in_the_wrong_order():

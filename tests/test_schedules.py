@@ -337,7 +337,12 @@ def test_noam():
 
 def test_growth_stays_finite():
     assert s.exponential_decay(1e-7, 1, 1.1, end_value=10.0)(10**9) == 10.0
-    assert math.isfinite(s.exponential_decay(1e-7, 1, 1.1)(10**9))
+    for schedule in (
+        s.exponential_decay(1e-7, 1, 1.1),
+        s.cosine_decay_restarts(1e-7, 2, m_mul=1.1),
+        s.cyclic_schedule(0.0, 1e-7, 2, mode="exp_range", gamma=1.1),
+    ):
+        assert 1.0 < schedule(10**9 + 1) < math.inf
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -547,6 +552,18 @@ schedule_of_clip = s.linear_schedule(2.0, 1.0, 10)
             ValueError,
             "mode: expected one of 'triangular', 'triangular2', 'exp_range', got 'round'",
         ),
+        (lambda: s.cyclic_schedule(0, 1, 5, gamma=0), ValueError, "gamma: expected a finite number > 0, got 0"),
+        (lambda: s.sgdr_schedule([5]), TypeError, "cosine_kwargs: expected a list of mappings, got [5]"),
+        (
+            lambda: s.sgdr_schedule({"peak_value": 1}),
+            TypeError,
+            "cosine_kwargs: expected a list of mappings, got {'peak_value': 1}",
+        ),
+        (
+            lambda: s.ReduceOnPlateau(1).load_state_dict({"value": 1, "best": math.nan, "n_bad": 0, "n_cooldown": 0}),
+            ValueError,
+            "state_dict['best']: expected a number, got nan",
+        ),
         (lambda: s.join_schedules([], []), ValueError, "schedules: expected at least one, got []"),
         (lambda: s.join_schedules([1, "a"], [5]), TypeError, "schedules[1]: expected a finite number, got 'a'"),
         (lambda: s.join_schedules([1, 2], 5), TypeError, "boundaries: expected a list or tuple, got 5"),
@@ -593,9 +610,10 @@ def test_command(capsys, tmp_path):
 def test_command_mistakes(capsys, monkeypatch, tmp_path):
     assert __main__.main(["schedules", "linear"]) == 2
     assert "NAME: expected any of constant_schedule, linear_schedule," in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        __main__.main(["schedules", "--steps", "3"])
-    assert "expected at least 20, got 3" in capsys.readouterr().err
+    for steps, message in (("3", "expected at least 20, got 3"), ("1" + 12 * "0", "expected at most 100000, got a larger")):
+        with pytest.raises(SystemExit, match="2"):
+            __main__.main(["schedules", "--steps", steps])
+        assert message in capsys.readouterr().err
 
     def without_matplotlib(name, *others):
         if name.startswith("matplotlib"):

@@ -509,6 +509,14 @@ def test_errors(make, error, message):
     assert opt.steps == 0
 
 
+def test_settings_that_are_fixed():
+    opt = fs.Lookahead(fs.SGD(np.ones(2)), k=3)
+    for name in ("k", "alpha"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(opt, name, 1)
+    assert (opt.k, opt.alpha) == (3, 0.5)
+
+
 def test_repr():
     opt = fs.SAM(fs.Lookahead(fs.SGD(np.ones(2)), k=3), rho=0.5)
     assert repr(opt).startswith("SAM(Lookahead(<SGD after 0 steps")

@@ -12,7 +12,12 @@ The rules are the classes of :mod:`fusedstep.rules`, from SGD to AdamW; :class:`
 :mod:`fusedstep.kernels` has the rules on single arrays, :mod:`fusedstep.reference` their specification in NumPy.
 """
 
-from . import interop, kernels, reference, rules, schedules
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import reference, rules, schedules
 from ._threads import get_num_threads, set_num_threads, threads
 from ._version import __version__
 from .checkpoint import Checkpoint, load, save
@@ -26,6 +31,9 @@ from .rules import conventions
 from .scaling import DynamicLossScaler
 from .telemetry import ArrayStats, Stats
 from .wrappers import SAM, Lookahead
+
+if TYPE_CHECKING:
+    from . import interop, kernels
 
 __all__ = [
     "SAM",
@@ -58,3 +66,14 @@ __all__ = [
     "threads",
 ]
 __all__ += rules.__all__
+
+
+def __getattr__(name: str) -> Any:
+    """The modules that most programs never use are imported when they are."""
+    if name in ("interop", "kernels"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

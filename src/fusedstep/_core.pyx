@@ -859,7 +859,7 @@ cdef class Plan:
         """Take the long way next time."""
         self.seen = None
 
-    def repeat(self, Lock lock, optimizer, grads, grad_scale, bint zero_grads, report_type):
+    def repeat(self, Lock lock, optimizer, grads, grad_scale, zero_grads, report_type):
         """Take a step if all is as at the last one but what the gradients hold and where they lie.
 
         Returns its report; None if there is more to look at, anything wrong, or the lock held: nothing has changed then.
@@ -882,15 +882,15 @@ cdef class Plan:
         finally:
             lock.release()
 
-    cdef repeat_locked(self, optimizer, grads, grad_scale, bint zero_grads, report_type):
+    cdef repeat_locked(self, optimizer, grads, grad_scale, zero_grads, report_type):
         cdef dict settings = optimizer.__dict__
         cdef fs_report report
         cdef PyArrayObject *param
         cdef size_t i
         cdef list leaves
-        cdef bint moved = False, near = False
+        cdef bint moved = False, near = False, clears = zero_grads is True
         cdef double *rows = NULL
-        if not self.has_seen(settings):
+        if not self.has_seen(settings) or (not clears and zero_grads is not False):
             return None
         if type(grad_scale) is not float or <double>grad_scale != self.options.grad_scale:
             return None
@@ -916,12 +916,12 @@ cdef class Plan:
             param = self.written[i * N_WRITTEN]
             if not PyArray_ISWRITEABLE(param) or not lies_at(&self.plan.arrays[i], FS_PARAM, param):
                 return None
-            if zero_grads and not cnp.PyArray_ISWRITEABLE(self.grads[i]):
+            if clears and not cnp.PyArray_ISWRITEABLE(self.grads[i]):
                 return None
         for i in range(self.n_beside):
             if not PyArray_ISWRITEABLE(self.beside[i]):
                 return None
-        self.options.clear_grads = zero_grads and self.grads_lie_apart()
+        self.options.clear_grads = clears and self.grads_lie_apart()
         if self.plan.n_elements < N_SMALL:
             fs_measure(self.plan, &self.options, &report)
         else:
@@ -938,10 +938,10 @@ cdef class Plan:
             stats,
         ),), NULL)
         if self.plan.n_elements < N_SMALL:
-            self.finish(True, zero_grads, rows)
+            self.finish(True, clears, rows)
         else:
             with nogil:
-                self.finish(True, zero_grads, rows)
+                self.finish(True, clears, rows)
         return result
 
     cdef bint has_seen(self, dict settings) except -1:

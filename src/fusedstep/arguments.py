@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +33,9 @@ def checked(read: Callable[[str], Any], check: Callable[[Any, str], object]) -> 
     return parse
 
 
-def whole(least: int) -> Callable[[str], Any]:
-    """Whole numbers from this one on."""
-    return checked(int, lambda value, label: _hyper.whole_number(value, label, least))
+def whole(least: int, most: float = math.inf) -> Callable[[str], Any]:
+    """Whole numbers from one to another."""
+    return checked(int, lambda value, label: _hyper.whole_number(value, label, least, most))
 
 
 def check_cpus(value: Any, label: str) -> None:

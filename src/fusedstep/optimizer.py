@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,13 @@ Array = NDArray[Any]
 
 # Options that plans and state are made by.
 FIXED = ("backend", "convention", "state_dtype", "low_precision", "accumulate_dtype", "seed", "stats")
+
+
+def options_by_name(defaults: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+    return {n: inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in defaults.items()}
+
+
+OPTIONS = options_by_name(_hyper.OPTION_DEFAULTS)
 
 
 class Part(NamedTuple):
@@ -82,7 +90,7 @@ class Shown(NamedTuple):
     """The parameters' own averages meanwhile."""
 
 
-class Optimizer:
+class Optimizer(ABC):
     """Base of all optimizers: parameters, groups, state, the step.
 
     Every optimizer takes these keyword options besides its own hyper-parameters. A hyper-parameter is a number or a
@@ -190,9 +198,9 @@ class Optimizer:
     _lengths: ClassVar[dict[str, int]] = {}  # of the hyper-parameters that are several numbers
 
     @staticmethod
+    @abstractmethod
     def _states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the state arrays these hyper-parameters call for, in the order of the rule's arguments."""
-        raise NotImplementedError
 
     @staticmethod
     def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:
@@ -267,14 +275,14 @@ class Optimizer:
         return None
 
     def __init_subclass__(cls) -> None:
+        signature = inspect.signature(cls.__init__)
         if "__init__" in cls.__dict__:
-            cls.__init__ = with_defaults_of_convention(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = with_defaults_of_convention(cls.__init__, signature)  # type: ignore[method-assign]
         # Show the common options in help() and in editors.
-        own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name not in ("self", "options")]
+        own = [p for p in signature.parameters.values() if p.name not in ("self", "options")]
         cls._lengths = cls._lengths | {p.name: len(p.default) for p in own if isinstance(p.default, tuple)}
-        defaults = _hyper.OPTION_DEFAULTS | cls._option_defaults
-        options = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in defaults.items()]
-        cls.__signature__ = inspect.Signature(own + options)  # type: ignore[attr-defined]
+        options = OPTIONS | options_by_name(cls._option_defaults)
+        cls.__signature__ = inspect.Signature([*own, *options.values()])  # type: ignore[attr-defined]
 
     def __init__(self, params: Any, hyper: dict[str, Any], options: _hyper.Options) -> None:
         known = _hyper.OPTION_DEFAULTS | self._option_defaults
@@ -405,7 +413,7 @@ class Optimizer:
             known = ", ".join(map(repr, cls._conventions))
             raise ValueError(f"convention: expected one of {known} for {cls.__name__}, got {convention!r}")
 
-    @staticmethod
+    @staticmethod  # noqa: B027 - most rules have nothing to refuse
     def _check_hyper(values: Mapping[str, Any]) -> None:
         """Refuse combinations of hyper-parameters that have no meaning."""
 
@@ -537,6 +545,7 @@ class Optimizer:
         """
         report: StepReport | None = self._plan.repeat(self._lock, self, grads, grad_scale, zero_grads, StepReport)
         if report is None:
+            _hyper.boolean(zero_grads, "zero_grads")
             with self._lock:
                 if self.accumulated:
                     report = self._step_with_sums(grads, grad_scale)
@@ -917,9 +926,8 @@ class Optimizer:
 REQUIRED = "to be given"
 
 
-def with_defaults_of_convention(init: Any) -> Any:
+def with_defaults_of_convention(init: Any, signature: inspect.Signature) -> Any:
     """An optimizer's ``__init__`` for which arguments left out have the defaults of its convention."""
-    signature = inspect.signature(init)
     kinds = [(name, p.kind) for name, p in signature.parameters.items()]
     unnamed = [name for name, kind in kinds if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]  # without self
     takes_any = any(kind is inspect.Parameter.VAR_POSITIONAL for _, kind in kinds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -1648,9 +1649,9 @@ class ScheduleFree(Optimizer):
     _numbers = ("weight_sum", "lr_max")
 
     @staticmethod
+    @abstractmethod
     def _momentum(hyper: Mapping[str, Any]) -> float:
         """How much of the average is in y."""
-        raise NotImplementedError
 
     @staticmethod
     def _exact_states(hyper: Mapping[str, Any]) -> tuple[str, ...]:

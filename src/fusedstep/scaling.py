@@ -126,7 +126,5 @@ class DynamicLossScaler:
             raise ValueError(f"state_dict: expected a mapping with scale and good_steps, got {state_dict!r}")
         scale, good_steps = state_dict["scale"], state_dict["good_steps"]
         scale = _hyper.grad_scale(scale, "state_dict['scale']")
-        if isinstance(good_steps, bool) or not isinstance(good_steps, int) or not 0 <= good_steps < self.growth_interval:
-            wanted = f"a whole number in [0, {self.growth_interval})"
-            raise ValueError(f"state_dict['good_steps']: expected {wanted}, got {good_steps!r}")
+        good_steps = _hyper.whole_number(good_steps, "state_dict['good_steps']", 0, self.growth_interval - 1)
         self.scale, self._good_steps = scale, good_steps

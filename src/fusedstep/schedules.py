@@ -117,6 +117,12 @@ def power_of(shape: Callable[[float], float], exponent: float) -> Callable[[floa
     return shape if exponent == 1 else lambda fraction: shape(fraction) ** exponent
 
 
+def powers_of(base: float) -> Callable[[float], float]:
+    """By exponent; from e**700 on, beyond which double's range ends, they no longer grow."""
+    largest = 700 / math.log(base) if base > 1 else math.inf
+    return lambda exponent: base ** min(exponent, largest)
+
+
 def joined(functions: Sequence[Function], boundaries: Sequence[int]) -> Function:
     """Each function from its boundary on, where it starts at 0."""
     starts = [0, *boundaries]
@@ -300,7 +306,7 @@ def exponential_decay(
     transition_steps = _hyper.whole_number(transition_steps, "transition_steps", 1)
     begin = _hyper.whole_number(transition_begin, "transition_begin", 0)
     whole = _hyper.boolean(staircase, "staircase")
-    largest = 700 / math.log(decay_rate) if decay_rate > 1 else math.inf  # e**700: more would leave double's range
+    factor = powers_of(decay_rate)
     if end_value is None:
         bound = None
     else:
@@ -309,7 +315,7 @@ def exponential_decay(
 
     def at(step: int) -> float:
         exponent = max(0, step - begin) / transition_steps
-        value = init_value * decay_rate ** min(math.floor(exponent) if whole else exponent, largest)
+        value = init_value * factor(math.floor(exponent) if whole else exponent)
         return value if bound is None else bound(value)
 
     return at
@@ -734,7 +740,7 @@ def cosine_decay_restarts(
     """
     init_value, alpha = _hyper.finite(init_value, "init_value"), _hyper.finite(alpha, "alpha")
     decay_steps, t_mul = _hyper.whole_number(decay_steps, "decay_steps", 1), _hyper.whole_number(t_mul, "t_mul", 1)
-    m_mul, least = _hyper.at_least_0(m_mul, "m_mul"), alpha * init_value
+    factor, least = powers_of(_hyper.at_least_0(m_mul, "m_mul")), alpha * init_value
 
     def at(step: int) -> float:
         if t_mul == 1:
@@ -744,7 +750,7 @@ def cosine_decay_restarts(
             cycle, length = 0, decay_steps
             while step >= length:
                 cycle, step, length = cycle + 1, step - length, length * t_mul
-        return (init_value - least) * m_mul**cycle * cosine(step / length) + least
+        return (init_value - least) * factor(cycle) * cosine(step / length) + least
 
     return at
 
@@ -770,6 +776,8 @@ def sgdr_schedule(cosine_kwargs: Sequence[Mapping[str, Any]]) -> Function:
     ----------
     As ``optax.sgdr_schedule``; :func:`cosine_decay_restarts` goes on for ever.
     """
+    if not isinstance(cosine_kwargs, (list, tuple)) or not all(isinstance(kwargs, Mapping) for kwargs in cosine_kwargs):
+        raise TypeError(f"cosine_kwargs: expected a list of mappings, got {cosine_kwargs!r}")
     schedules = [warmup_cosine_decay_schedule(**kwargs) for kwargs in cosine_kwargs]
     ends = [sum(kwargs["decay_steps"] for kwargs in cosine_kwargs[:i]) for i in range(1, len(schedules))]
     return join_schedules(schedules, ends)
@@ -813,7 +821,7 @@ def cyclic_schedule(
     up = _hyper.whole_number(step_size_up, "step_size_up", 1)
     down = up if step_size_down is None else _hyper.whole_number(step_size_down, "step_size_down", 1)
     _hyper.one_of(mode, ("triangular", "triangular2", "exp_range"), "mode")
-    gamma = _hyper.above_0(gamma, "gamma")
+    factor = powers_of(_hyper.above_0(gamma, "gamma"))
 
     def at(step: int) -> float:
         cycle, place = divmod(step, up + down)
@@ -821,7 +829,7 @@ def cyclic_schedule(
         if mode == "triangular2":
             height *= 0.5**cycle
         elif mode == "exp_range":
-            height *= gamma**step
+            height *= factor(step)
         return (peak_value - init_value) * height + init_value
 
     return at
@@ -994,6 +1002,8 @@ class ReduceOnPlateau:
             raise ValueError(f"state_dict: expected {wanted}, got {state_dict!r}")
         value = _hyper.finite(state_dict["value"], "state_dict['value']")
         best = _hyper.as_float(state_dict["best"], "state_dict['best']", "a number")
+        if math.isnan(best):
+            raise ValueError(f"state_dict['best']: expected a number, got {best}")
         n_bad = _hyper.whole_number(state_dict["n_bad"], "state_dict['n_bad']", 0)
         n_cooldown = _hyper.whole_number(state_dict["n_cooldown"], "state_dict['n_cooldown']", 0)
         self.value, self.best, self._n_bad, self._n_cooldown = value, best, n_bad, n_cooldown

@@ -35,6 +35,9 @@ class Structure:
         if parts is None:
             self.parts = None
             self.names, self.leaves = [path or str(first_index)], [tree]
+        elif not parts and isinstance(tree, Iterator):
+            label = f"params[{path!r}]" if path else "params"
+            raise ValueError(f"{label}: expected arrays, got none from an iterator, which gives them once only")
         else:
             self.parts = {key: Structure(value, path=f"{path}.{key}" if path else key) for key, value in parts.items()}
             self.names = [name for part in self.parts.values() for name in part.names]

@@ -119,14 +119,23 @@ class Lookahead(Wrapper):
             if group["ema_decay"] is not None:
                 raise ValueError(f"opt: expected an optimizer without ema_decay, got one with {group['ema_decay']!r}")
         self.opt: Optimizer = opt
-        self.k, self.alpha = k, alpha
+        self._decay = SlowDecay(k, alpha)
         self._exchange_at: int | None = None  # the number of steps after which slow weights become the parameters
         self._lock = _extension.make_lock()
-        decay = SlowDecay(k, alpha)
         with opt._lock:
-            groups = [{**group, "ema_decay": decay} for group in opt.param_groups]
+            groups = [{**group, "ema_decay": self._decay} for group in opt.param_groups]
             opt._prepare_plan(opt._resolve(groups, opt.steps), opt.steps)
-            assign([(group, "ema_decay", decay) for group in opt.param_groups])
+            assign([(group, "ema_decay", self._decay) for group in opt.param_groups])
+
+    @property
+    def k(self) -> int:
+        """Applied steps between two moves."""
+        return self._decay.k
+
+    @property
+    def alpha(self) -> float:
+        r""":math:`\alpha`."""
+        return self._decay.alpha
 
     def step(self, grads: Any = None, *, grad_scale: float = 1.0, zero_grads: bool = False) -> StepReport:
         """Update the parameters in place: :meth:`Optimizer.step`, and if it is due the exchange with the slow weights.

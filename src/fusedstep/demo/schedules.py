@@ -10,6 +10,7 @@ from .. import schedules as s
 from ..arguments import CommandError, picture, whole
 
 LEAST_STEPS = 20  # for all examples to have pieces of at least one step
+MOST_STEPS = 100_000  # for all of them to be done within seconds
 
 
 def plateau(n: int) -> Callable[[int], float]:
@@ -62,7 +63,8 @@ EXAMPLES: dict[str, Callable[[int], Callable[[int], float]]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="of functions in fusedstep.schedules (default: all)")
-    parser.add_argument("--steps", type=whole(LEAST_STEPS), default=100, metavar="N", help="steps to show (default: 100)")
+    steps = whole(LEAST_STEPS, MOST_STEPS)
+    parser.add_argument("--steps", type=steps, default=100, metavar="N", help="steps to show (default: 100)")
     parser.add_argument("--plot", type=picture, metavar="FILE", help="save a picture")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import _hyper, reference
+from ..groups import is_groups
 from ..optimizer import Optimizer
 from .common import (
     Hypers,
@@ -91,6 +92,8 @@ def from_torch(
             f"{label}: expected optimizer.state_dict() of PyTorch, got a {type(state_dict).__name__} without its keys"
         )
     groups = state_dict["param_groups"]
+    if not is_groups(groups):
+        raise TypeError(f"{label}['param_groups']: expected a list of dicts with 'params', got {groups!r}")
     ordered = in_order(names, by_groups(opt))
     sizes, own_sizes = [len(group["params"]) for group in groups], [len(group["names"]) for group in opt.param_groups]
     if sum(sizes) != len(ordered):
