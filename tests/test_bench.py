@@ -9,7 +9,7 @@ import pytest
 
 import fusedstep as fs
 from fusedstep.__main__ import main
-from fusedstep.bench import command, measure
+from fusedstep.bench import command, measure, show
 from fusedstep.bench.peers import OURS, Peer, Way, installed
 from fusedstep.bench.works import RULES, Work
 
@@ -68,3 +68,10 @@ def test_bench_tells_wrong_results():
     ways, refused = measure.make_ways(Work("sgd", "1 k"), [OURS, wrong, broken])
     assert list(ways) == ["fusedstep"]
     assert refused == {"wrong": "gave other results", "broken": "ZeroDivisionError: division by zero"}
+
+
+def test_bench_says_who_is_left_out_where():
+    wrong = Peer("wrong", "numpy", "numpy", lambda work, params, grads: Way(lambda: None, lambda: params))
+    results = [measure.measure(Work("sgd", size), [wrong], 0.001) for size in ("1 k", "10 k")]
+    assert show.table(results[:1]).splitlines()[-1] == "wrong: gave other results (sgd, float32, 1 k)"
+    assert show.table(results).splitlines()[-1] == "wrong: gave other results (sgd, float32, 1 k) and 1 more"

@@ -41,8 +41,14 @@ def table(results: list[Result]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in rows]
-    refused = sorted({f"{name}: {why}" for result in results for name, why in result.refused.items()})
-    return "\n".join([*(line.rstrip() for line in lines), *refused])
+    refused: dict[str, list[str]] = {}
+    for result in results:
+        for name, why in result.refused.items():
+            refused.setdefault(f"{name}: {why}", []).append(f"({result.work})")
+    lines += [
+        " ".join([why, works[0], *([f"and {len(works) - 1} more"] if works[1:] else [])]) for why, works in refused.items()
+    ]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def save(results: list[Result], path: Path) -> None:
