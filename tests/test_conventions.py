@@ -479,50 +479,101 @@ def test_these_are_thincs_equations(rule, kwargs):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # it computes in float32
 
 
-def tensorflow(kind, lr, momentum=0.0, rho=0.9, eps=1e-7, beta1=0.9, beta2=0.999, start=0.1):
+def tensorflow(
+    kind, lr, momentum=0.0, nesterov=False, rho=0.9, centered=False, eps=1e-7, beta1=0.9, beta2=0.999, amsgrad=False,
+    schedule_decay=0.004, start=0.1, l1=0.0, l2=0.0, beta=0.0,
+):  # fmt: skip
     """As in the kernels of training_ops.cc and the legacy classes of tf.keras that call them."""
 
     def steps(params, grads):
-        a, b = [np.zeros_like(p) for p in params], [np.zeros_like(p) for p in params]
-        if kind == "Adagrad":
+        a, b, c = ([np.zeros_like(p) for p in params] for _ in range(3))
+        if kind in ("Adagrad", "FTRL"):
             a = [np.full_like(p, start) for p in params]
+        product = 1.0
         for t, gradients in enumerate(grads, 1):
+            mu, next_mu = (beta1 * (1 - 0.5 * 0.96 ** (schedule_decay * n)) for n in (t, t + 1))
+            product *= mu
             for i, g in enumerate(gradients):
                 if kind == "SGD":  # ApplyKerasMomentum
                     a[i] = momentum * a[i] - lr * g
-                    params[i] = params[i] + a[i]
+                    params[i] = params[i] + (momentum * a[i] - lr * g if nesterov else a[i])
                 elif kind == "Adagrad":  # ApplyAdagradV2
                     a[i] = a[i] + g * g
                     params[i] = params[i] - lr * g / (np.sqrt(a[i]) + eps)
-                elif kind == "RMSprop" and momentum:  # ApplyRMSProp
+                elif kind == "Adadelta":  # ApplyAdadelta
+                    a[i] = a[i] * rho + g * g * (1 - rho)
+                    update = np.sqrt(b[i] + eps) / np.sqrt(a[i] + eps) * g
+                    b[i] = b[i] * rho + update * update * (1 - rho)
+                    params[i] = params[i] - update * lr
+                elif kind == "RMSprop":  # ApplyRMSProp and ApplyCenteredRMSProp, but without momentum in Python
                     a[i] = a[i] + (g * g - a[i]) * (1 - rho)
-                    b[i] = momentum * b[i] + lr * g / np.sqrt(a[i] + eps)
-                    params[i] = params[i] - b[i]
-                elif kind == "RMSprop":  # in Python, without momentum
-                    a[i] = rho * a[i] + (1 - rho) * g * g
-                    params[i] = params[i] - lr * g / (np.sqrt(a[i]) + eps)
-                else:  # ApplyAdam
+                    c[i] = c[i] + (g - c[i]) * (1 - rho)
+                    square = a[i] - c[i] * c[i] if centered else a[i]
+                    b[i] = momentum * b[i] + lr * g / np.sqrt(square + eps)
+                    params[i] = params[i] - (b[i] if momentum else lr * g / (np.sqrt(square) + eps))
+                elif kind == "Adamax":  # ApplyAdaMax
+                    a[i] = a[i] + (g - a[i]) * (1 - beta1)
+                    b[i] = np.maximum(beta2 * b[i], np.abs(g))
+                    params[i] = params[i] - lr / (1 - beta1**t) * (a[i] / (b[i] + eps))
+                elif kind == "NAdam":  # in Python
+                    a[i] = beta1 * a[i] + (1 - beta1) * g
+                    b[i] = beta2 * b[i] + (1 - beta2) * g * g
+                    average = (1 - mu) * g / (1 - product) + next_mu * a[i] / (1 - product * next_mu)
+                    params[i] = params[i] - lr * average / (np.sqrt(b[i] / (1 - beta2**t)) + eps)
+                elif kind == "FTRL":  # ApplyFtrl with lr_power = -0.5; the class adds beta / (2 lr) to l2
+                    before, a[i] = a[i], a[i] + g * g
+                    b[i] = b[i] + g - (np.sqrt(a[i]) - np.sqrt(before)) / lr * params[i]
+                    below = np.sqrt(a[i]) / lr + 2 * (l2 + beta / (2 * lr))
+                    params[i] = np.where(np.abs(b[i]) > l1, (np.sign(b[i]) * l1 - b[i]) / below, 0.0)
+                else:  # ApplyAdam and ApplyAdamWithAmsgrad
                     a[i] = a[i] + (g - a[i]) * (1 - beta1)
                     b[i] = b[i] + (g * g - b[i]) * (1 - beta2)
+                    c[i] = np.maximum(c[i], b[i]) if amsgrad else b[i]
                     alpha = lr * np.sqrt(1 - beta2**t) / (1 - beta1**t)
-                    params[i] = params[i] - a[i] * alpha / (np.sqrt(b[i]) + eps)
+                    params[i] = params[i] - a[i] * alpha / (np.sqrt(c[i]) + eps)
         return params
 
     return steps
 
 
-@pytest.mark.parametrize(
-    ("rule", "settings", "kwargs"),
-    [
-        ("SGD", {"momentum": 0.9}, {"lr": 0.01, "momentum": 0.9}),
-        ("Adagrad", {}, {"lr": 1e-3}),
-        ("RMSprop", {"eps": 0.01}, {"lr": 1e-3, "eps": 0.01}),
-        ("RMSprop", {"momentum": 0.9, "eps": 0.01}, {"lr": 1e-3, "momentum": 0.9, "eps": 0.01}),
-        ("Adam", {}, {"lr": 1e-3}),
-    ],
-)
+TF = [
+    ("SGD", {}, {"lr": 0.01}),
+    ("SGD", {"momentum": 0.9}, {"lr": 0.01, "momentum": 0.9}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    ("Adagrad", {}, {"lr": 1e-3}),
+    ("Adagrad", {"initial_accumulator_value": 0.5, "eps": 0.01}, {"lr": 1e-3, "start": 0.5, "eps": 0.01}),
+    ("Adadelta", {}, {"lr": 1e-3, "rho": 0.95}),
+    ("Adadelta", {"lr": 0.1, "rho": 0.8, "eps": 0.01}, {"lr": 0.1, "rho": 0.8, "eps": 0.01}),
+    ("RMSprop", {}, {"lr": 1e-3}),
+    ("RMSprop", {"eps": 0.01}, {"lr": 1e-3, "eps": 0.01}),
+    ("RMSprop", {"eps": 0.01, "centered": True}, {"lr": 1e-3, "eps": 0.01, "centered": True}),
+    ("RMSprop", {"momentum": 0.9, "eps": 0.01}, {"lr": 1e-3, "momentum": 0.9, "eps": 0.01}),
+    ("RMSprop", {"momentum": 0.9, "eps": 0.01, "alpha": 0.8, "centered": True},
+     {"lr": 1e-3, "momentum": 0.9, "eps": 0.01, "rho": 0.8, "centered": True}),
+    ("Adam", {}, {"lr": 1e-3}),
+    ("Adam", {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01, "amsgrad": True},
+     {"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "eps": 0.01, "amsgrad": True}),
+    ("Adamax", {}, {"lr": 1e-3}),
+    ("Adamax", {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01}, {"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "eps": 0.01}),
+    ("NAdam", {}, {"lr": 1e-3}),
+    ("NAdam", {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01, "momentum_decay": 0.1},
+     {"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "eps": 0.01, "schedule_decay": 0.1}),
+    ("FTRL", {}, {"lr": 1e-3}),
+    ("FTRL",
+     {"lr": 0.1, "l1_regularization_strength": 0.3, "l2_regularization_strength": 0.2, "beta": 0.1,
+      "initial_accumulator_value": 0.5},
+     {"lr": 0.1, "l1": 0.3, "l2": 0.2, "beta": 0.1, "start": 0.5}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "settings", "kwargs"), TF)
 def test_tf(rule, settings, kwargs):
     compare(rule, "tf", settings, tensorflow(rule, **kwargs))
+
+
+def test_all_rules_of_a_convention_are_tested():
+    for convention, cases in (("keras", KERAS), ("optax", OPTAX), ("tf", TF)):
+        assert {case[0] for case in cases} == {rule for rule, own in fs.conventions().items() if convention in own}
 
 
 # ---- What all have in common --------------------------------------------------------------------------------------------

@@ -355,6 +355,7 @@ INVALID = [
     ({"clip_adaptive": -0.01}, ValueError, "clip_adaptive: expected a finite number > 0 or None, got -0.01"),
     ({"max_norm": 0}, ValueError, "max_norm: expected a finite number > 0 or None, got 0"),
     ({"unit_axes": "rows"}, TypeError, "unit_axes: expected an axis, several as a tuple, or None, got 'rows'"),
+    ({"unit_axes": (0, True)}, TypeError, "unit_axes: expected an axis, several as a tuple, or None, got (0, True)"),
     ({"bounds": 1.0}, TypeError, "bounds: expected a pair of numbers or None, the lower first, got 1.0"),
     ({"bounds": (1, -1)}, ValueError, "bounds: expected a pair of numbers or None, the lower first, got (1, -1)"),
     ({"bounds": (None, float("nan"))}, ValueError, "bounds[1]: expected a finite number, got nan"),
