@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import assert_same_bits, run
+from conftest import assert_same_bits, float64_in_jax, run
 
 import fusedstep as fs
 from fusedstep import database, interop
@@ -308,7 +308,7 @@ def with_optax(make):
 
 @pytest.mark.parametrize(("rule", "settings", "make"), OPTAX)
 def test_optax(rule, settings, make, exact_decay):
-    with jax.enable_x64(True):
+    with float64_in_jax():
         compare(rule, "optax", settings, with_optax(make))
 
 
@@ -321,7 +321,7 @@ def test_what_optax_factors(settings, make, exact_decay):
     shapes = FACTORED_BY_DEFAULT + NOT_FACTORED_BY_DEFAULT
     if settings:
         shapes = [(3, 4), (4, 3), (3, 3), (2, 3, 4), (2, 4, 3), (1, 2, 2, 2), (1, 4), (4, 1), (4, 1, 1), (2,), ()]
-    with jax.enable_x64(True):
+    with float64_in_jax():
         compare("Adafactor", "optax", settings, with_optax(make), shapes)
         state = make().init([np.zeros(shape) for shape in shapes])[0]
         opt = fs.Adafactor([np.zeros(shape) for shape in shapes], convention="optax", **settings)
@@ -357,7 +357,7 @@ def test_other_axes_that_optax_factors(shape, backend):
 def test_averages_of_schedule_free(rule, settings, make):
     start, grads = problem()
     opt = getattr(fs, rule)([p.copy() for p in start], convention="optax", **settings)
-    with jax.enable_x64(True):
+    with float64_in_jax():
         theirs, params = make(), [jax.numpy.asarray(p) for p in start]
         state = theirs.init(params)
         for g in grads:

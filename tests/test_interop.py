@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import SETTINGS, assert_same_bits, setting_id, snapshot
+from conftest import SETTINGS, assert_same_bits, float64_in_jax, setting_id, snapshot
 from test_conventions import KERAS, OPTAX, SHAPES, SHAPES_OF, problem
 from test_muon import in_full
 
@@ -200,7 +200,7 @@ def test_optax(rule, settings, make, dtype, order, exact_decay):
     def here(arrays):
         return getattr(fs, rule)(arrays, convention="optax", **settings)
 
-    with jax.enable_x64(True):
+    with float64_in_jax():
         compare(order, dtype, lambda start: Optax(start, make), here, here, SHAPES_OF.get(rule, SHAPES))
 
 
@@ -215,7 +215,7 @@ def test_rows_and_columns_of_optax(min_dim_size, order, exact_decay):
     def here(arrays):
         return fs.Adafactor(arrays, lr=0.1, min_dim_size_to_factor=min_dim_size, convention="optax")
 
-    with jax.enable_x64(True):
+    with float64_in_jax():
         make = lambda: optax.adafactor(0.1, min_dim_size_to_factor=min_dim_size)  # noqa: E731
         compare(order, np.float64, lambda start: Optax(start, make), here, here, FACTORED)
 

@@ -41,7 +41,7 @@ def test_public_names_are_documented(name):
     assert thing.__doc__
     if inspect.isclass(thing) and issubclass(thing, fusedstep.Optimizer) and thing is not fusedstep.Optimizer:
         for section in ("Examples", "References"):
-            assert f"{section}\n    ---" in thing.__doc__
+            assert f"\n{section}\n---" in inspect.getdoc(thing)
         assert "lr" in str(inspect.signature(thing))
 
 
@@ -63,7 +63,7 @@ def public_functions():
 @pytest.mark.parametrize("function", [*public_functions()])
 def test_public_functions_have_examples(function):
     name = function.__qualname__
-    assert ("    >>> " in function.__doc__) != (name in WITHOUT_EXAMPLE)
+    assert ("\n>>> " in inspect.getdoc(function)) != (name in WITHOUT_EXAMPLE)
 
 
 def test_without_the_extension():

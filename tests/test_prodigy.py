@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import assert_same_bits
+from conftest import assert_same_bits, float64_in_jax
 
 import fusedstep as fs
 
@@ -48,7 +48,7 @@ def test_against_optax():
 
     Worst seen: 4e-14 of parameters around 1; 3e-14 of d, 1e-13 of its numerator, relative.
     """
-    with jax.enable_x64(True):
+    with float64_in_jax():
         params = zeros()
         opt = fs.Prodigy(params, convention="optax")
         theirs = {name: jax.numpy.asarray(p) for name, p in params.items()}

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import torch_record
-from conftest import setting_id
+from conftest import float64_in_jax, setting_id
 
 import fusedstep as fs
 from fusedstep import database
@@ -106,7 +106,7 @@ OPTAX = {
 def test_against_optax(optimizer, settings, make, rng):
     import jax
 
-    with jax.enable_x64(True):
+    with float64_in_jax():
         start, grads = rng.standard_normal(50), gradients_of(rng, 50)
         found = trajectory(optimizer, start, grads, **settings)
         transform = make()

@@ -7,11 +7,10 @@ import math
 import pickle
 import random
 
-import jax
 import numpy as np
 import optax
 import pytest
-from conftest import assert_same_bits
+from conftest import assert_same_bits, float64_in_jax
 
 import fusedstep as fs
 from fusedstep import __main__
@@ -81,7 +80,7 @@ OPTAX = [
 
 @pytest.mark.parametrize(("name", "arguments"), OPTAX)
 def test_values_of_optax(name, arguments):
-    with jax.enable_x64(True):
+    with float64_in_jax():
         theirs = getattr(optax, name)(**arguments)
         values = [float(theirs(k)) for k in range(N)]
     ours = getattr(s, name)(**arguments)
@@ -91,7 +90,7 @@ def test_values_of_optax(name, arguments):
 def test_join_of_optax():
     ours = s.join_schedules([s.linear_schedule(0.0, 0.1, 10), s.exponential_decay(0.1, 5, 0.5), 0.3], [10, 40])
     pieces = [optax.linear_schedule(0.0, 0.1, 10), optax.exponential_decay(0.1, 5, 0.5), optax.constant_schedule(0.3)]
-    with jax.enable_x64(True):
+    with float64_in_jax():
         theirs = optax.join_schedules(pieces, [10, 40])
         values = [float(theirs(k)) for k in range(N)]
     np.testing.assert_allclose([ours(k) for k in range(N)], values, **OPTAX_TOLERANCE)

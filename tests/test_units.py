@@ -5,7 +5,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import STORAGE_SETTINGS, assert_same_bits, run, setting_id, snapshot
+from conftest import STORAGE_SETTINGS, assert_same_bits, float64_in_jax, run, setting_id, snapshot
 from test_bits import LAYOUTS, laid_out
 
 import fusedstep as fs
@@ -128,7 +128,7 @@ def test_optax(backend, shape, axis):
     jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
     if axis is not None and len(shape) < 2:
         return
-    with jax.enable_x64(True):
+    with float64_in_jax():
         w = np.asarray(values(*shape) * (1.0 if shape == () else np.geomspace(1e-6, 1, shape[-1])))
         ours, theirs = w.copy(), jax.numpy.array(w)
         counting = None if axis is None else tuple(a for a in range(len(shape)) if a != axis % len(shape))
@@ -311,8 +311,8 @@ def test_adaptive_grad_clip(dtype, layout):
 
 
 def test_adaptive_grad_clip_of_optax():
-    jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
-    with jax.enable_x64(True):
+    optax = pytest.importorskip("optax")
+    with float64_in_jax():
         params, grads = {"w": values(6, 5), "b": values(5)}, {"w": values(6, 5, seed=1), "b": values(5, seed=1)}
         transform = optax.adaptive_grad_clip(0.1)
         wanted, _ = transform.update(grads, transform.init(params), params)

@@ -2,13 +2,14 @@
 
 import contextlib
 import copy
+import gc
 import random
 import signal
 
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import SETTINGS, assert_same_bits, setting_id, snapshot
+from conftest import SETTINGS, assert_same_bits, float64_in_jax, setting_id, snapshot
 
 import fusedstep as fs
 from fusedstep import database
@@ -53,7 +54,7 @@ def test_lookahead_as_in_optax(rule, k, alpha, rng):
     params = {"w": w.copy()}
     opt = fs.SGD(params, lr=0.1, momentum=0.9) if rule == "SGD" else fs.Adam(params, lr=0.1)
     lookahead = fs.Lookahead(opt, k, alpha)
-    with jax.enable_x64(True):
+    with float64_in_jax():
         theirs = optax.sgd(0.1, momentum=0.9) if rule == "SGD" else optax.adam(0.1)
         theirs = optax.lookahead(theirs, sync_period=k, slow_step_size=alpha)
         both = optax.LookaheadParams.init_synced(jax.numpy.asarray(w))
@@ -252,7 +253,7 @@ def test_sam_as_in_optax(rule, rng):
     jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax.contrib")
     optax_all = pytest.importorskip("optax")
     params = {"w": rng.standard_normal(50), "v": rng.standard_normal((3, 4))}
-    with jax.enable_x64(True):
+    with float64_in_jax():
         theirs = optax_all.sgd(0.1, momentum=0.9) if rule == "SGD" else optax_all.adam(0.1)
         theirs = optax.sam(theirs, optax_all.chain(optax.normalize(), optax_all.sgd(0.3)))
         their_params = jax.tree.map(jax.numpy.asarray, params)
@@ -456,24 +457,27 @@ def test_interrupts_at_random(backend):
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
+    gc.disable()  # in what is called by it, and by weak references, interrupts are lost
     caught = 0
     rng = random.Random(0)
     try:
+        kept = [sam]
         while caught < 300:
             try:
-                signal.setitimer(signal.ITIMER_REAL, 0.0001 + 0.002 * rng.random(), 0.5)  # again, if one is lost
-                while sam.steps < len(history) - 1:
+                signal.setitimer(signal.ITIMER_REAL, 0.0001 + 0.002 * rng.random())
+                for _ in range(1000):  # until it comes; again, if it is lost
                     sam.step(closure)
                     if sam.steps > len(history) - 50:
                         params, sam = make()
+                        kept.append(sam)
             except KeyboardInterrupt:
-                signal.setitimer(signal.ITIMER_REAL, 0)
                 caught += 1
                 sam._settled()
                 assert_same_bits(list(params.values()), history[sam.steps])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        gc.enable()
 
 
 @pytest.mark.parametrize(
