@@ -210,6 +210,20 @@ def test_cgroup_quota(files, wanted, tmp_path, monkeypatch):
     assert _threads.cgroup_cpus() == wanted
 
 
+@pytest.mark.skipif(not _core.openmp(), reason="built without OpenMP: always one thread")
+def test_the_quota_limits_the_default(tmp_path):
+    (tmp_path / "cpu.max").write_text("150000 100000")
+    code = f"""
+        import fusedstep as fs
+        from fusedstep import _threads
+        _threads.CGROUP = {str(tmp_path)!r}
+        _threads._start()
+        print(fs.get_num_threads())
+        """
+    for environment, wanted in (({"OMP_NUM_THREADS": "5"}, "2"), ({"FUSEDSTEP_NUM_THREADS": "5"}, "5")):
+        assert python(code, **environment).stdout.strip() == wanted
+
+
 def test_beside_scikit_learn_and_torch():
     """Several OpenMP runtimes in one process, in turn and at the same time; each library works, and the bits are the same."""
     done = python(
