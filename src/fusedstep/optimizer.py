@@ -33,11 +33,12 @@ Array = NDArray[Any]
 FIXED = ("backend", "convention", "state_dtype", "low_precision", "accumulate_dtype", "seed", "stats")
 
 
-def options_by_name(defaults: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+def as_parameters(defaults: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+    """Options as signatures show them."""
     return {n: inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in defaults.items()}
 
 
-OPTIONS = options_by_name(_hyper.OPTION_DEFAULTS)
+OPTIONS = as_parameters(_hyper.OPTION_DEFAULTS)
 
 
 class Part(NamedTuple):
@@ -281,7 +282,7 @@ class Optimizer(ABC):
         # Show the common options in help() and in editors.
         own = [p for p in signature.parameters.values() if p.name not in ("self", "options")]
         cls._lengths = cls._lengths | {p.name: len(p.default) for p in own if isinstance(p.default, tuple)}
-        options = OPTIONS | options_by_name(cls._option_defaults)
+        options = OPTIONS | as_parameters(cls._option_defaults)
         cls.__signature__ = inspect.Signature([*own, *options.values()])  # type: ignore[attr-defined]
 
     def __init__(self, params: Any, hyper: dict[str, Any], options: _hyper.Options) -> None:

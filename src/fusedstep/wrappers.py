@@ -134,7 +134,7 @@ class Lookahead(Wrapper):
 
     @property
     def alpha(self) -> float:
-        r""":math:`\alpha`."""
+        """How much of the way to the parameters the slow weights move."""
         return self._decay.alpha
 
     def step(self, grads: Any = None, *, grad_scale: float = 1.0, zero_grads: bool = False) -> StepReport:

@@ -45,9 +45,8 @@ def table(results: list[Result]) -> str:
     for result in results:
         for name, why in result.refused.items():
             refused.setdefault(f"{name}: {why}", []).append(f"({result.work})")
-    lines += [
-        " ".join([why, works[0], *([f"and {len(works) - 1} more"] if works[1:] else [])]) for why, works in refused.items()
-    ]
+    for why, works in refused.items():
+        lines.append(f"{why} {works[0]}" + (f" and {len(works) - 1} more" if len(works) > 1 else ""))
     return "\n".join(line.rstrip() for line in lines)
 
 
