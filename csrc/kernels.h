@@ -75,7 +75,7 @@ typedef struct {
     void (*bound)(size_t n, void *param, double lower, double upper);
     void (*average)(size_t n, void *average, const void *param, double weight);
     size_t (*count_zeros)(size_t n, const void *grad);
-    /* Sums over consecutive blocks of FS_BLOCK: of x, of (scale x)^2, and of squared differences. */
+    /* Sums over consecutive blocks of FS_BLOCK: of x; of (scale x)^2, scale a power of two; and of squared differences. */
     void (*sum)(size_t n, const void *run, double *block_sums);
     void (*sum_squares)(size_t n, const void *grad, double scale, double *block_sums);
     void (*sum_squared_changes)(size_t n, const void *after, const void *before, double *block_sums);
