@@ -20,6 +20,7 @@ DTYPES = "float32, float64, float16 or bfloat16"
 MAX_OVERLAP_WORK = 100_000
 
 CACHE_LINE = 64
+PAGE = 4096  # of the CPU's comparison of addresses, whatever the size of those of memory
 
 NUMPY_FLOATS = frozenset([np.float32, np.float64, np.float16])
 
@@ -134,16 +135,21 @@ def shaped(elements: Array, shape: tuple[int, ...], axes: list[int]) -> Array:
 def zeros_together(models: Iterable[tuple[Array, list[int], np.dtype[Any]]]) -> list[Array]:
     """Zeros of the shapes of some arrays, their axes in these orders, in one block of memory.
 
-    Each lies to its cache lines as its model does: loops over both then meet the lines' ends at the same elements.
+    Each lies to its cache lines as its model does: loops over both then meet the lines' ends at the same elements. One of
+    several pages lies to its page as its model does: a load waits for a store that is still on its way to the same place of
+    another page, and this way the same place means the same element, which has been loaded before.
     """
     models = list(models)
     places, size = [], 0
     for model, _, dtype in models:
-        place = size + byte_bounds(model)[0] % CACHE_LINE // dtype.itemsize * dtype.itemsize
+        n_bytes = model.size * dtype.itemsize
+        unit = PAGE if n_bytes >= 4 * PAGE else CACHE_LINE
+        model_start = byte_bounds(model)[0] // dtype.itemsize * dtype.itemsize
+        place = size + (model_start - size) % unit
         places.append(place)
-        size = -(-(place + model.size * dtype.itemsize) // CACHE_LINE) * CACHE_LINE
-    block = np.zeros(size + CACHE_LINE, np.uint8)
-    block = block[-block.ctypes.data % CACHE_LINE :]
+        size = -(-(place + n_bytes) // CACHE_LINE) * CACHE_LINE
+    block = np.zeros(size + PAGE, np.uint8)
+    block = block[-block.ctypes.data % PAGE :]
     arrays = []
     for (model, axes, dtype), place in zip(models, places):
         elements = block[place : place + model.size * dtype.itemsize].view(dtype)
