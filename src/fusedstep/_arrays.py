@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _extension
+
 Array = NDArray[Any]
 
 DTYPES = "float32, float64, float16 or bfloat16"
@@ -108,7 +110,8 @@ def overlaps_itself(array: Array) -> bool:
 
 def byte_bounds(array: Array) -> tuple[int, int]:
     """First address, and the one after the last, of an array's elements."""
-    low = high = array.ctypes.data
+    # NumPy's own way takes a microsecond.
+    low = high = array.ctypes.data if _extension.core is None else _extension.core.address(array)
     for stride, size in zip(array.strides, array.shape):
         if stride < 0:
             low += stride * (size - 1)

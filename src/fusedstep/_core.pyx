@@ -18,7 +18,7 @@ cimport numpy as cnp
 
 import os
 
-from fusedstep._arrays import overlaps_itself
+from fusedstep import _arrays
 from fusedstep._hyper import CONVENTIONS, decay_mode
 
 cnp.import_array()
@@ -178,6 +178,10 @@ cdef bint has_shape(const fs_array *place, PyArrayObject *array) noexcept:
         if PyArray_DIMS(array)[d] != place.shape[d]:
             return False
     return True
+
+
+def address(cnp.ndarray array not None):
+    return <size_t>PyArray_DATA(<PyArrayObject *>array)
 
 
 cdef bint lies_at(const fs_array *place, int operand, PyArrayObject *array) noexcept:
@@ -505,7 +509,7 @@ cdef class Plan:
                           fs_dtype_size(self.plan.arrays[i].operand[FS_GRAD].dtype), &first, &end)
                 if first < end:
                     spans.append((first, end))
-            apart = not any(map(overlaps_itself, self.grads))
+            apart = not any(map(_arrays.overlaps_itself, self.grads))
             for first, end in sorted(spans):
                 apart = apart and first >= last_end
                 last_end = end

@@ -25,7 +25,7 @@ class Gradients:
         *,
         writeable: bool,
         params: Any = None,
-        unit_axes: Callable[[tuple[int, ...], str], tuple[int, ...] | None] = lambda shape, name: None,
+        unit_axes: Callable[[tuple[int, ...], str], tuple[int, ...]] | None = None,
         **clipping: float,
     ) -> None:
         structure = trees.Structure(grads if params is None else params)
@@ -38,7 +38,9 @@ class Gradients:
             _arrays.check_overlaps(zip(labels, arrays))
         beside = arrays if params is None else self.beside(structure.leaves, list(zip(labels, arrays)))
         make = ReferencePlan if _extension.core is None else _extension.core.Plan
-        operands = [Operands(unit_axes=unit_axes(array.shape, name)) for name, array in zip(self.names, arrays)]
+        operands = [Operands()] * len(arrays)
+        if unit_axes is not None:
+            operands = [Operands(unit_axes=unit_axes(array.shape, name)) for name, array in zip(self.names, arrays)]
         self.plan: Any = make(beside, operands, [0] * len(arrays), [None])
         self.plan.bind(arrays)
         self.plan.set_group(0, clipping)

@@ -6,9 +6,13 @@ import collections
 from collections.abc import Iterable, Iterator, Mapping, ValuesView
 from typing import Any
 
+import numpy as np
+
 
 def branches(tree: Any, first_index: int = 0) -> dict[str, Any] | None:
     """The named parts of a mapping or sequence; None for anything else, which is a leaf."""
+    if isinstance(tree, np.ndarray):  # asked first: abstract classes take their time to answer
+        return None
     if isinstance(tree, Mapping):
         parts = {str(key): value for key, value in tree.items()}
         if len(parts) < len(tree):
@@ -28,10 +32,12 @@ class Structure:
     Parts of sequences correspond by their places, whatever their names.
     """
 
+    __slots__ = ("is_left_out", "is_mapping", "leaves", "names", "parts", "path")
+
     def __init__(self, tree: Any, first_index: int = 0, path: str = "") -> None:
         self.path = path
-        self.is_mapping = isinstance(tree, Mapping)
         parts = branches(tree, first_index)
+        self.is_mapping = parts is not None and isinstance(tree, Mapping)
         if parts is None:
             self.parts = None
             self.names, self.leaves = [path or str(first_index)], [tree]
