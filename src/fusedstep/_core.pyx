@@ -18,7 +18,7 @@ cimport numpy as cnp
 
 import os
 
-from fusedstep import _arrays
+from fusedstep import _arrays    # which imports this module: its functions are there when they are called
 from fusedstep._hyper import CONVENTIONS, decay_mode
 
 cnp.import_array()
