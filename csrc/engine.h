@@ -63,6 +63,7 @@ typedef struct {
     fs_stages stages;
     double grad_scale, factor;    /* the factor is a multiplication that costs the rule nothing */
     bool zero, stage_grad, clip_units, limit_units, bound, average, clear;
+    double squares_divisor;       /* 0 if no squares are added up */
     int n_operands;               /* of the rule: parameter, gradient, states */
     const fs_small *small;        /* in place of the states, if any is small */
 } fs_work;

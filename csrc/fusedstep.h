@@ -165,6 +165,7 @@ typedef struct {
     bool has_stats;
     double *block_stats[FS_N_STATS], *stats[FS_N_STATS];    /* by array */
     double (*coefs)[FS_MAX_COEFS]; /* by array, in scaled groups */
+    double squares_divisor;        /* of which the last update left squares in block_stats[FS_PARAM_SQUARES]; 0 if of none */
     double step;                   /* number of steps applied */
     unsigned long long seed;       /* of random rounding */
 } fs_plan;
@@ -176,6 +177,8 @@ typedef struct {
     double clip_factor;            /* a further factor, found by the caller; 1 for none */
     fs_nonfinite nonfinite;
     bool clear_grads;              /* fs_update sets them to 0 once they are used; they must lie apart */
+    double squares_divisor;        /* fs_update adds up squares of the new parameters, divided by this; 0: it does not */
+    const fs_plan *sums;           /* one that did so, and whose parameters are the gradients of this one; NULL for none */
     int n_threads;                 /* 0 for the process-wide number */
 } fs_options;
 

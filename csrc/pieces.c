@@ -119,6 +119,14 @@ static void add_stats(const fs_work *w, const fs_plan *plan, size_t i, size_t st
     w->k->sum_squared_changes(count, after, before, &plan->block_stats[FS_UPDATE_SQUARES][block]);
 }
 
+/* The new parameter as a gradient of another plan. */
+static void add_squares(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t count, char *room)
+{
+    const void *sums = fs_load_in_memory_order(w->k, &plan->arrays[i], FS_PARAM, start, count, room);
+    sums = w->k->unscale(count, sums, room, w->squares_divisor, false);
+    w->k->sum_squares(count, sums, 1.0, &plan->block_stats[FS_PARAM_SQUARES][plan->first_block[i] + start / FS_BLOCK]);
+}
+
 static void count_zeros(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t count, const char *grad)
 {
     double *zeros = &plan->block_stats[FS_ZERO_GRADS][plan->first_block[i] + start / FS_BLOCK];
@@ -152,7 +160,7 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
     const fs_array *array = &plan->arrays[i];
     const bool in_place = array->is_run && array->n_units == 0;    /* all but small states */
     const bool has_small = has_small_states(w, array);
-    const bool by_block = has_small || (plan->has_stats && !in_place);
+    const bool has_sums = plan->has_stats || w->squares_divisor != 0.0, by_block = has_small || (has_sums && !in_place);
     const size_t piece = by_block ? FS_BLOCK : in_place ? LONG_RUN / array->item : PIECE;
     char *copy[FS_N_PLACES];
     for (int o = 0; o < FS_N_PLACES; o++)
@@ -162,7 +170,7 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
     fs_small small;
     fs_work work = *w;
     work.small = has_small ? &small : NULL;
-    size_t count = array->is_run && !array->in_blocks ? fs_before_cache_line(array, start) : 0;
+    size_t count = array->is_run && !array->in_blocks && !has_sums ? fs_before_cache_line(array, start) : 0;
     for (; start < end; start += count, count = 0) {
         void *at[FS_N_PLACES];
         count = min_size(end - start, count > 0 ? count : piece);
@@ -194,6 +202,8 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
             add_stats(w, plan, i, start, count, before, copy[FS_PARAM]);
             fetch_some(&ahead);
         }
+        if (w->squares_divisor != 0.0)
+            add_squares(w, plan, i, start, count, copy[FS_GRAD]);
         if (w->average) {
             move_average(w, array, start, count, copy);
             fetch_some(&ahead);

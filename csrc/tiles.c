@@ -365,6 +365,17 @@ double *fs_array_place_factors(fs_array *array, double *room)
     return room + fs_array_room_for_factors(array);
 }
 
+bool fs_is_in_c_order(const fs_array *array)
+{
+    ptrdiff_t stride = (ptrdiff_t)fs_dtype_size(array->operand[FS_PARAM].dtype);
+    for (int d = array->n_dims - 1; d >= 0; d--) {
+        if (array->shape[d] > 1 && array->operand[FS_PARAM].strides[d] != stride)
+            return false;
+        stride *= array->shape[d];
+    }
+    return array->is_dense;
+}
+
 /* ---- Any part of an operand, as a run ------------------------------------------------------------------------------- */
 
 /* Load or store elements [start, start + count) of an operand, in the order of these loops. */

@@ -53,6 +53,9 @@ double *fs_array_place_factors(fs_array *array, double *room);
 const char *fs_units_in_place(const fs_array *array, int operand);
 void fs_store_by_unit(const fs_kernels *k, const fs_array *array, size_t start, size_t count, void *run);
 
+/* Whether all operands lie in C order without gaps. */
+bool fs_is_in_c_order(const fs_array *array);
+
 /* The gradient as one run in C order, where it lies; NULL if it is none. */
 const void *fs_grad_in_c_order(const fs_array *array);
 

@@ -46,7 +46,8 @@ static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end,
 {
     const fs_array *array = &pass->plan->arrays[i];
     fs_work w = fs_work_on(pass, i);
-    const bool rule_alone = !(w.stage_grad || w.bound || w.average || w.clear || w.group->decay_after != 1.0);
+    const bool others = w.stage_grad || w.bound || w.average || w.clear || w.squares_divisor != 0.0;
+    const bool rule_alone = !(others || w.group->decay_after != 1.0);
     if (array->is_run && rule_alone && !array->in_blocks) {
         update_run(&w, array, start, end);
         return;
@@ -69,6 +70,7 @@ void fs_update(fs_plan *plan, const fs_options *options)
     fs_pass pass = fs_make_pass(plan, options);
     bool any_scaled = false;
     plan->step += 1.0;
+    plan->squares_divisor = options->squares_divisor;
     for (size_t i = 0; i < plan->n_groups; i++) {
         fs_group *group = &plan->groups[i];
         group->is_scaled = fs_rule_is_scaled(group->rule);

@@ -33,6 +33,7 @@ fs_work fs_work_on(const fs_pass *pass, size_t i)
     w.bound = group->lower > -INFINITY || group->upper < INFINITY;
     w.average = array->operand[FS_AVERAGE].data != NULL && group->average_now != 0.0;
     w.clear = pass->options->clear_grads;
+    w.squares_divisor = pass->options->squares_divisor != 0.0 && fs_is_in_c_order(array) ? pass->options->squares_divisor : 0.0;
     w.n_operands = FS_STATE + fs_rule_states(group->rule);
     return w;
 }

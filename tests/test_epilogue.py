@@ -299,6 +299,73 @@ def test_accumulated_gradients_are_their_mean(backend, options, dtype):
                 np.testing.assert_array_equal(found[name], kept[name])
 
 
+@pytest.mark.parametrize("nonfinite", ["raise", "zero", "skip"])
+@pytest.mark.parametrize("kept", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [np.dtype(t) for t in DTYPES], ids=str)
+def test_norms_of_sums_are_those_of_the_reference(dtype, kept, nonfinite):
+    """Found while they are added up or afterwards: for any layout, divisor, type, and size of blocks and threads' parts."""
+
+    def batches(step):
+        first = {"w": values(70_001, seed=step), "v": values(60, seed=step + 50).reshape(6, 10), "empty": values(0)}
+        first |= {"t": values(300_000, seed=step + 9).reshape(500, 600), "one": values(1, seed=step).reshape(())}
+        for i in range(3):
+            grads = {name: (np.asarray(g) * (i - 0.7)).astype(dtype) for name, g in first.items()}
+            grads["v"] = np.asfortranarray(grads["v"]) if i == 2 else grads["v"]
+            grads["t"] = np.asfortranarray(grads["t"]) if step > 2 else grads["t"]
+            if step == 2 and nonfinite != "raise":
+                grads["t"][7, 11] = np.inf
+            yield grads
+
+    def run(backend, num_threads):
+        params = {name: np.zeros_like(g) for name, g in next(batches(0)).items()}
+        params["t"] = np.asfortranarray(params["t"])
+        opt = fs.SGD(
+            params,
+            lr=1e-3,
+            clip_norm=0.5,
+            accumulate_dtype=kept,
+            nonfinite=nonfinite,
+            backend=backend,
+            num_threads=num_threads,
+            stats=num_threads == 3,
+        )
+        reports = []
+        for step, grad_scale in enumerate([1.0, 3.0, 3.0, 0.7, 0.7]):
+            for grads in batches(step):
+                opt.accumulate(grads)
+            reports.append(opt.step(grad_scale=grad_scale)._replace(stats=None))
+        return reports, params
+
+    wanted_reports, wanted = run("reference", None)
+    assert [report.applied for report in wanted_reports] == [True, True, nonfinite != "skip", True, True]
+    for num_threads in 1, 3:
+        reports, params = run("c", num_threads)
+        assert reports == wanted_reports
+        for name, param in params.items():
+            np.testing.assert_array_equal(param, wanted[name])
+
+
+@pytest.mark.parametrize("kept", [None, "bfloat16"])
+def test_sums_are_read_once_more_only_where_their_norm_is_not_known(kept):
+    w = np.zeros((40, 100), np.float32)
+    opt = fs.SGD(w, lr=1.0, accumulate_dtype=kept)
+    for grad_scale, is_known in (1.0, True), (2.0, False), (2.0, True), (2.0, True), (1.0, False):
+        for _ in range(4):
+            opt.accumulate(np.full_like(w, 3.0))
+        opt._sums.params[0][5, 5] = 12e3  # behind its back
+        norm = opt.step(grad_scale=grad_scale).grad_norm
+        assert (norm < 1000 / grad_scale) == is_known
+        assert not is_known or norm == np.sqrt(4000 * 9) / grad_scale
+    for grads in np.asfortranarray(np.ones_like(w)), np.ones_like(w), np.ones((40, 200), np.float32)[:, ::2]:
+        opt.accumulate(grads)
+    opt._sums.params[0][5, 5] = 12e3
+    assert opt.step().grad_norm > 1000  # the last gradient was in another order: sums were not added up block by block
+    opt.accumulate(np.ones_like(w))
+    opt._sums.bind([np.zeros_like(w)])  # as if interrupted before the update
+    opt._sums.params[0][5, 5] = 12e3
+    assert opt.step().grad_norm > 1000
+
+
 @pytest.mark.parametrize("kept", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", [np.dtype(t) for t in DTYPES], ids=str)
 def test_sums_in_another_type_are_those_of_the_reference(dtype, kept):

@@ -122,8 +122,8 @@ void copy_spread(const spread *s, const ptrdiff_t *shape, size_t item, char *run
     TEST(scalar) TEST(passes) TEST(norms_of_nonfinite) TEST(clip_nonfinite) TEST(clip_magnitudes)                  \
     TEST(after_the_rule) TEST(grad_scale) TEST(runs_have_ends) TEST(small_states) TEST(join_and_part)              \
     TEST(stats) TEST(many_arrays) TEST(fork) TEST(plans_are_independent) TEST(halves_load_and_store)               \
-    TEST(halves_round) TEST(units) TEST(norms) TEST(guard_pages) TEST(blocks) TEST(nonfinite) TEST(stages)         \
-    TEST(levels_and_threads) TEST(factored) TEST(layouts)
+    TEST(halves_round) TEST(units) TEST(norms) TEST(sums) TEST(guard_pages) TEST(blocks) TEST(nonfinite)           \
+    TEST(stages) TEST(levels_and_threads) TEST(factored) TEST(layouts)
 
 #define DECLARE_TEST(name) void test_##name(void);
 FOR_TESTS(DECLARE_TEST)

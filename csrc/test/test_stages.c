@@ -491,3 +491,50 @@ void test_grad_scale(void)
     }
     free_trio(t);
 }
+
+/* Parameters of one plan are the gradients of another, which need not look at them: their squares are known. */
+static void check_sums(fs_plan *sums, fs_plan *plan, fs_options options, double divisor)
+{
+    fs_options adding = plain(sums, find_rule("sgd"));
+    adding.squares_divisor = divisor;
+    adding.n_threads = options.n_threads;
+    take_step(sums, adding);
+    const double measured = measure_norm(plan, options);
+    options.sums = sums;
+    CHECK(measure_norm(plan, options) == measured);
+    for (size_t i = 0; i < plan->n_arrays; i++)
+        if (plan->arrays[i].size > 0) {
+            const double x = get(sums, i, FS_PARAM, 0);
+            set(sums, i, FS_PARAM, 0, 100.0);
+            CHECK((measure_norm(plan, options) == measured) == (divisor == options.grad_scale));
+            set(sums, i, FS_PARAM, 0, x);
+        }
+}
+
+void test_sums(void)
+{
+    static const size_t sizes[] = {20 * FS_BLOCK + 7, 0, 1, FS_BLOCK, 3 * FS_BLOCK - 1};
+    static const double divisors[] = {1.0, 3.0, 0.0};
+    FOR_LEVELS(level)
+        for (fs_dtype storage = FS_FLOAT32; storage <= FS_FLOAT64; storage++)
+            for (size_t d = 0; d < LENGTH(divisors); d++) {
+                fs_plan *sums = make_plan((int)storage, LENGTH(sizes), sizes);
+                fs_plan *plan = make_plan((int)storage, LENGTH(sizes), sizes);
+                fs_options options = plain(plan, 0);
+                void *own[LENGTH(sizes)];
+                options.grad_scale = 3.0;
+                for (size_t i = 0; i < LENGTH(sizes); i++) {
+                    own[i] = plan->arrays[i].operand[FS_GRAD].data;
+                    set_contiguous(&plan->arrays[i], FS_GRAD, sums->arrays[i].operand[FS_PARAM].data, storage);
+                }
+                for (options.n_threads = 1; options.n_threads <= 3; options.n_threads += 2) {
+                    CONTEXT("level %s, type %d, divisor %g, %d threads", fs_level_name(level), (int)storage, divisors[d],
+                            options.n_threads);
+                    check_sums(sums, plan, options, divisors[d]);
+                }
+                for (size_t i = 0; i < LENGTH(sizes); i++)
+                    set_contiguous(&plan->arrays[i], FS_GRAD, own[i], storage);
+                free_plan(sums);
+                free_plan(plan);
+            }
+}

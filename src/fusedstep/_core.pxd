@@ -135,13 +135,15 @@ cdef extern from "fusedstep.h" nogil:
         double *clip_factors
         bint has_stats
         double **stats
-        double step
+        double squares_divisor, step
         unsigned long long seed
 
     ctypedef struct fs_options:
         double grad_scale, clip_norm, clip_eps, clip_factor
         fs_nonfinite nonfinite
         bint clear_grads
+        double squares_divisor
+        const fs_plan *sums
         int n_threads
 
     ctypedef struct fs_report:

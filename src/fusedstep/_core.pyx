@@ -494,6 +494,7 @@ cdef class Plan:
                 set_operand(place, FS_GRAD, grads[i])
         self.grads = grads
         self.apart = -1
+        self.plan.squares_divisor = 0    # an update by others may have left none
 
     def unbind(self):
         """Have no gradients."""
@@ -619,8 +620,11 @@ cdef class Plan:
         self.plan.seed = value
 
     def measure(self, *, double grad_scale=1.0, clip_norm=None, double clip_eps=1e-6, double clip_factor=1.0,
-                nonfinite="raise", num_threads=None, bint clear_grads=False):
+                nonfinite="raise", num_threads=None, bint clear_grads=False, double squares_divisor=0.0, Plan sums=None):
         """Look at the bound gradients, and get ready to use them with these options.
+
+        With a `squares_divisor`, updates add up squares of the new parameters divided by it. `sums` is the plan that did so,
+        if these gradients are its parameters: where they are now divided by the same, nobody needs to look at them again.
 
         Returns whether they may be used, their norm (None if nothing depends on it), the smallest clip factor, and for each
         array with non-finite gradients its index and the number of such elements.
@@ -635,8 +639,11 @@ cdef class Plan:
         self.options.clear_grads = clear_grads and self.grads_lie_apart()
         self.options.nonfinite = (FS_NONFINITE_ZERO if nonfinite == "zero" else
                                   FS_NONFINITE_PROPAGATE if nonfinite == "propagate" else FS_NONFINITE_STOP)
+        self.options.squares_divisor = squares_divisor
+        self.options.sums = NULL if sums is None else sums.plan
         with nogil:
             fs_measure(self.plan, &self.options, &report)
+        self.options.sums = NULL    # which may not live as long
         bad = []
         if not report.is_finite:
             for i in range(self.plan.n_arrays):

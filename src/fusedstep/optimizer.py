@@ -344,6 +344,7 @@ class Optimizer(ABC):
         self._plan: Any = None
         self._shown: Shown | None = None  # what the parameters' arrays hold for a while in place of the parameters
         self._sums: Any = None  # the plan that adds up gradients, in its params
+        self._sums_scale = 1.0  # what the last step with them divided their mean by
         self._prepare_plan(self._resolve(self.param_groups, 0), 0)
 
     def _refuse_unknown(self, keys: Iterable[str], label: str) -> None:
@@ -563,7 +564,8 @@ class Optimizer(ABC):
         bound = self._plan.grads
         try:
             self._plan.bind(self._sums.params)
-            return self._step(None, _hyper.grad_scale(grad_scale, "grad_scale") * self.accumulated, True, self._sums)
+            self._sums_scale = _hyper.grad_scale(grad_scale, "grad_scale")
+            return self._step(None, self._sums_scale * self.accumulated, True, self._sums)
         finally:
             self._plan.forget()
             if bound is None:
@@ -596,6 +598,7 @@ class Optimizer(ABC):
             nonfinite=self.nonfinite,
             num_threads=self.num_threads,
             clear_grads=zero_grads,
+            sums=used,
         )
         nonfinite = {self._params.names[i]: count for i, count in bad}
         if not applied and self.nonfinite == "raise":
@@ -638,6 +641,9 @@ class Optimizer(ABC):
         :meth:`reset_accumulated` does. For a sum in place of the mean, ``opt.step(grad_scale=1 / opt.accumulated)``. Sums
         are no part of the state dict, and loading one forgets them: save between steps.
 
+        Where the step will need the norm of this mean, its squares are added up on the way, so that the step reads the sums
+        only once; again for arrays that are not in C order, and where `grad_scale` is another than at the last such step.
+
         Averages of equal batches are that of the large batch but for the rounding of each sum, by at most half a last digit.
         Sums in "bfloat16" are off by up to a whole one, 1/128 of them, but up or down with a probability that makes their
         expectation exact; rounded to the nearest they would lose whatever is less than half a digit.
@@ -676,7 +682,9 @@ class Optimizer(ABC):
             self._bind_arrays(self._sums, bound if grads is None else self._params.collected(grads))
             self._plan.forget()
             self._sums.seed = (self.seed - 1 - self._plan.steps) % 2**64  # other bits in each step, and than the step's own
-            self._sums.measure(nonfinite="propagate", num_threads=self.num_threads)
+            measures = self.nonfinite != "propagate" or self.clip_norm is not None or self.stats
+            divisor = self._sums_scale * (self.accumulated + 1) if measures else 0.0
+            self._sums.measure(nonfinite="propagate", num_threads=self.num_threads, squares_divisor=divisor)
             self._sums.update(True, False)
 
     def _make_sums(self) -> Any:

@@ -104,6 +104,8 @@ class ReferencePlan:
         nonfinite: str = "raise",
         num_threads: int | None = None,
         clear_grads: bool = False,
+        squares_divisor: float = 0.0,
+        sums: ReferencePlan | None = None,
     ) -> Outcome:
         applied, grad_norm, factors, bad = self._measure(grad_scale, clip_norm, clip_eps, nonfinite)
         self.stages = [
