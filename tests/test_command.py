@@ -1,5 +1,6 @@
 """The command line, as a person would use it."""
 
+import argparse
 import gzip
 import os
 import struct
@@ -129,6 +130,19 @@ def test_train_says_when_steps_were_skipped(capsys, monkeypatch):
     status, text = fusedstep(capsys, "train", "--rule", "sgd", "--epochs", "1", "--precision", "float16")
     assert status == 0
     assert "steps skipped, because gradients overflowed" in text
+
+
+def test_schedule_of_train():
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    digits = data.load(None, np.float32)
+    loop = train.Loop(parser.parse_args(["--schedule", "cosine", "--lr", "0.5", "--epochs", "2"]), digits, "sgd")
+    lr = loop.opt.param_groups[0]["lr"]
+    assert [lr(0), lr(45), lr(90)] == pytest.approx([0.5, 0.25, 0.0], abs=1e-15)  # 45 batches of 32
+    train.train(loop)
+    assert loop.opt.steps == 90
+    loop = train.Loop(parser.parse_args(["--lr", "0.5"]), digits, "sgd")
+    assert loop.opt.param_groups[0]["lr"] == 0.5
 
 
 @pytest.mark.parametrize("batch_size", ["1", "64", "full"])

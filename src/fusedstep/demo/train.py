@@ -18,7 +18,7 @@ from ..errors import NonFiniteGradientError
 from ..optimizer import Optimizer
 from ..progress import progress
 from ..scaling import DynamicLossScaler
-from ..schedules import ema_warmup
+from ..schedules import cosine_decay_schedule, ema_warmup
 from ..state import is_low_precision, require_bfloat16
 from ..telemetry import Stats
 from .data import Dataset, load
@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lr", type=checked(float, _hyper.at_least_0), help="learning rate (default: one that suits the rule)"
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=["constant", "cosine"],
+        default="constant",
+        help="of the learning rate: as it is, or down to 0 over all steps along half a cosine",
     )
     parser.add_argument(
         "--target-loss",
@@ -119,6 +125,10 @@ class Loop:
             settings = {**settings, "lr": args.lr}
         self.args, self.data = args, data
         self.lr = settings["lr"]
+        n = len(data.train_x)
+        self.batch_size = n if args.batch_size is None else min(args.batch_size, n)
+        if args.schedule == "cosine":
+            settings = {**settings, "lr": cosine_decay_schedule(self.lr, args.epochs * -(-n // self.batch_size))}
         self.model = MLP([data.train_x.shape[1], *args.hidden, data.n_classes], dtype_of(args.precision), args.seed)
         self.scaler = DynamicLossScaler() if args.precision == "float16" else None
         self.opt: Optimizer = optimizer(
@@ -171,9 +181,8 @@ class Loop:
 
     def epoch(self) -> None:
         """A pass over the data; its loss goes to the others, nan if gradients were not finite."""
-        n = len(self.data.train_x)
+        n, size = len(self.data.train_x), self.batch_size
         order = self.rng.permutation(n)
-        size = n if self.args.batch_size is None else min(self.args.batch_size, n)
         micro = -(-size // self.args.accumulate)
         try:
             for first in range(0, n, size):
