@@ -146,8 +146,8 @@ INLINE uint32_t random_bits(uint32_t key)
  * 2^20 make a whole. */
 INLINE uint16_t float32_to_bfloat16_at_random(float x, uint32_t fraction)
 {
-    const uint32_t up = x != x ? 0 : fraction >> 4, quiet = x != x ? 0x400000 : 0;    /* infinity has nothing to carry */
-    return (uint16_t)(((float_bits(x) + up) | quiet) >> 16);
+    const uint32_t rounded = float_bits(x) + (fraction >> 4);    /* infinity has nothing to carry */
+    return (uint16_t)((x != x ? 0x7fc00000 : rounded) >> 16);
 }
 
 INLINE uint16_t float32_to_float16_at_random(float x, uint32_t fraction)
@@ -289,16 +289,16 @@ static void part_master(size_t n, void *param, void *residual, uint32_t key)
 #endif
 
 /* Do this to each of n elements. */
-#define EACH_IN_TURN(i, n, ...)                                                                                  \
+#define EACH_IN_TURN(item, i, n, ...)                                                                            \
     ELEMENTS_ARE_INDEPENDENT                                                                                     \
     for (size_t i = 0; i < n; i++)                                                                               \
         __VA_ARGS__
 
-/* The same where compilers can mask the rest, which does not fill a register: one by one, seven square roots and divisions
- * take longer than forty in registers. */
-#define EACH_IN_REGISTERS(i, n, ...)                                                                             \
+/* The same where compilers can mask the rest, which does not fill a register of the smallest items: one by one, seven square
+ * roots and divisions take longer than forty in registers. */
+#define EACH_IN_REGISTERS(item, i, n, ...)                                                                       \
     {                                                                                                            \
-        enum { WIDTH = 64 / sizeof(real) };                                                                      \
+        enum { WIDTH = 64 / sizeof(item) };                                                                      \
         const size_t rest = n % WIDTH, whole = n - rest;                                                         \
         for (size_t start = 0; start < whole; start += WIDTH) {                                                  \
             IN_ONE_GO                                                                                            \
@@ -317,52 +317,59 @@ static void part_master(size_t n, void *param, void *residual, uint32_t key)
         }                                                                                                        \
     }
 
-/* The loop around a rule, by its number of states. */
-#define LOOP(name, family, n_states)                                                                             \
-    TARGET static void FN(name)(size_t n, void *param_, const void *grad_, void *const *state, double factor_,   \
-                                double decay_, const void *coefs_)                                               \
+/* The loop around a rule, by its number of states: with states of the compute type, or all in bfloat16. */
+#define LOOP(name, family, n_states) LOOP_OVER(name, name, family, n_states, real, AS_IT_IS, AS_IT_IS)
+#define BFLOAT16_LOOP(name, family, n_states)                                                                    \
+    LOOP_OVER(name##_bfloat16, name, family, n_states, uint16_t, bfloat16_to_float32, AT_RANDOM)
+#define AS_IT_IS(x) (x)
+#define AT_RANDOM(x) float32_to_bfloat16_at_random(x, fraction[i])
+
+#define LOOP_OVER(function, name, family, n_states, stored, get, put)                                            \
+    TARGET static void FN(function)(size_t n, void *param_, const void *grad_, void *const *state,               \
+                                    double factor_, double decay_, const void *coefs_, const uint32_t *fraction) \
     {                                                                                                            \
         const family##_coefs coefs = *(const family##_coefs *)coefs_;                                            \
         const real factor = (real)factor_, decay = (real)decay_;                                                 \
         real *restrict param = param_;                                                                           \
         const real *restrict grad = grad_;                                                                       \
-        LOOP_POINTERS_##n_states                                                                                 \
-        EACH(i, n, {                                                                                             \
+        LOOP_POINTERS_##n_states(stored)                                                                         \
+        (void)state, (void)fraction;                                                                             \
+        EACH(stored, i, n, {                                                                                     \
             real p = param[i] * decay, g = grad[i] * factor;                                                     \
-            LOOP_BODY_##n_states(FN(name##_element))                                                             \
+            LOOP_BODY_##n_states(FN(name##_element), get, put)                                                   \
             param[i] = p;                                                                                        \
         })                                                                                                       \
     }
 
-#define LOOP_POINTERS_0 (void)state;
-#define LOOP_POINTERS_1 real *restrict state0 = state[0];
-#define LOOP_POINTERS_2 LOOP_POINTERS_1 real *restrict state1 = state[1];
-#define LOOP_POINTERS_3 LOOP_POINTERS_2 real *restrict state2 = state[2];
-#define LOOP_POINTERS_4 LOOP_POINTERS_3 real *restrict state3 = state[3];
+#define LOOP_POINTERS_0(stored)
+#define LOOP_POINTERS_1(stored) stored *restrict state0 = state[0];
+#define LOOP_POINTERS_2(stored) LOOP_POINTERS_1(stored) stored *restrict state1 = state[1];
+#define LOOP_POINTERS_3(stored) LOOP_POINTERS_2(stored) stored *restrict state2 = state[2];
+#define LOOP_POINTERS_4(stored) LOOP_POINTERS_3(stored) stored *restrict state3 = state[3];
 
-#define LOOP_BODY_0(element) element(&p, g, &coefs);
-#define LOOP_BODY_1(element)                                                                                     \
-    real a = state0[i];                                                                                          \
+#define LOOP_BODY_0(element, get, put) element(&p, g, &coefs);
+#define LOOP_BODY_1(element, get, put)                                                                           \
+    real a = get(state0[i]);                                                                                     \
     element(&p, g, &a, &coefs);                                                                                  \
-    state0[i] = a;
-#define LOOP_BODY_2(element)                                                                                     \
-    real a = state0[i], b = state1[i];                                                                           \
+    state0[i] = put(a);
+#define LOOP_BODY_2(element, get, put)                                                                           \
+    real a = get(state0[i]), b = get(state1[i]);                                                                 \
     element(&p, g, &a, &b, &coefs);                                                                              \
-    state0[i] = a;                                                                                               \
-    state1[i] = b;
-#define LOOP_BODY_3(element)                                                                                     \
-    real a = state0[i], b = state1[i], d = state2[i];                                                            \
+    state0[i] = put(a);                                                                                          \
+    state1[i] = put(b);
+#define LOOP_BODY_3(element, get, put)                                                                           \
+    real a = get(state0[i]), b = get(state1[i]), d = get(state2[i]);                                             \
     element(&p, g, &a, &b, &d, &coefs);                                                                          \
-    state0[i] = a;                                                                                               \
-    state1[i] = b;                                                                                               \
-    state2[i] = d;
-#define LOOP_BODY_4(element)                                                                                     \
-    real a = state0[i], b = state1[i], d = state2[i], e = state3[i];                                             \
+    state0[i] = put(a);                                                                                          \
+    state1[i] = put(b);                                                                                          \
+    state2[i] = put(d);
+#define LOOP_BODY_4(element, get, put)                                                                           \
+    real a = get(state0[i]), b = get(state1[i]), d = get(state2[i]), e = get(state3[i]);                         \
     element(&p, g, &a, &b, &d, &e, &coefs);                                                                      \
-    state0[i] = a;                                                                                               \
-    state1[i] = b;                                                                                               \
-    state2[i] = d;                                                                                               \
-    state3[i] = e;
+    state0[i] = put(a);                                                                                          \
+    state1[i] = put(b);                                                                                          \
+    state2[i] = put(d);                                                                                          \
+    state3[i] = put(e);
 
 /* ---- Stages ------------------------------------------------------------------------------------------------------- */
 

@@ -37,9 +37,10 @@ static inline double or_epsilon(double eps, size_t item)
     return or_else(eps, item == sizeof(float) ? 0x1p-23 : 0x1p-52);
 }
 
-/* Update a run in place: grad is multiplied by factor and param by decay, then the rule is applied. */
+/* Update a run in place: grad is multiplied by factor and param by decay, then the rule is applied. Random fractions of the
+ * elements are for states in bfloat16. */
 typedef void fs_rule(size_t n, void *param, const void *grad, void *const *state, double factor, double decay,
-                     const void *coefs);
+                     const void *coefs, const uint32_t *fraction);
 
 /* Random bits are made of keys, 32 of each, for two elements half of FS_SCALED apart. The first of a block has the block's
  * key, each other this much more than the one before. A block that is rounded begins at a multiple of FS_SCALED. */
@@ -48,11 +49,17 @@ typedef void fs_rule(size_t n, void *param, const void *grad, void *const *state
 /* The states of a block: each in a small type or, like all else, in the compute type. An element's small states are rounded
  * with the same random fraction. */
 typedef struct { char *data; float *scales; fs_dtype dtype; } fs_state;
-typedef struct { int n_states; fs_state state[FS_MAX_STATES]; uint32_t key; } fs_small;
+typedef struct {
+    int n_states;
+    fs_state state[FS_MAX_STATES];
+    uint32_t key;
+    bool all_bfloat16;             /* of float32: the rule is one that takes them as they are stored */
+} fs_small;
 
 /* `real` below is the table's compute type. Runs are contiguous and do not overlap. */
 typedef struct {
     fs_rule *rule[FS_N_RULES];
+    fs_rule *bfloat16_rule[FS_N_RULES];    /* with all states in bfloat16; only in tables of float32 */
     /* The same for a block of which states are small: FS_SCALED elements at a time, in the first-level cache meanwhile. */
     void (*apply_to_small)(fs_rule *rule, size_t n, void *param, const void *grad, const fs_small *small, double factor,
                            double decay, const void *coefs);

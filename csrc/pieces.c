@@ -139,9 +139,11 @@ static void count_zeros(const fs_work *w, const fs_plan *plan, size_t i, size_t 
 static fs_small small_states(const fs_work *w, const fs_array *array, unsigned long long key, size_t start, void *const *at)
 {
     fs_small small = {.n_states = w->n_operands - FS_STATE, .key = key_at(key, FOR_STATES, start)};
+    small.all_bfloat16 = array->real == FS_FLOAT32;
     for (int s = 0; s < small.n_states; s++) {
         const fs_state plain = {.data = at[FS_STATE + s], .dtype = array->real};
         small.state[s] = array->operand[FS_STATE + s].is_packed ? fs_packed_state(array, FS_STATE + s, start) : plain;
+        small.all_bfloat16 = small.all_bfloat16 && small.state[s].dtype == FS_BFLOAT16;
     }
     return small;
 }
