@@ -179,13 +179,14 @@ INLINE uint8_t to_code(float x, float base, uint32_t fraction, uint8_t smallest,
     return sign ? code | (float_bits(x) >> 24 & sign) : code > smallest ? code : smallest;
 }
 
-/* What a loop over FS_SCALED elements will meet later on. */
+/* What a loop over FS_SCALED elements will meet later on: to the second-level cache, since the first has no room for so many
+ * lines on their way. */
 INLINE void fetch_ahead(const void *data, size_t n, size_t item)
 {
     enum { AHEAD_OF_SCALED = 4 * FS_SCALED, LINE = 64 };
     const char *ahead = (const char *)data + AHEAD_OF_SCALED * item;
     for (size_t byte = 0; byte < n * item; byte += LINE)
-        fs_fetch(ahead + byte);
+        __builtin_prefetch(ahead + byte, 0, 2);
 }
 
 /* The scale for elements of at most this magnitude (its bits). It and the base are normal numbers. */
@@ -209,17 +210,18 @@ NOINLINE uint8_t to_last_code(float x, float base, uint32_t fraction, uint32_t s
 
 /* ---- Parameters of 16 bits ------------------------------------------------------------------------------------------ */
 
-/* `param` is a block of float32. The parts are what the storage type can hold, still as float32, and the residual. */
+/* `param` is a block of float32. The parts are what is stored of it, and the residual. */
 #define HALVES(dtype, to_float, from_float, at_random)                                                           \
-    TARGET static void FN(part_stochastic_##dtype)(size_t n, void *param_, void *residual, uint32_t key)         \
+    TARGET static void FN(part_stochastic_##dtype)(size_t n, const void *param_, uint16_t *restrict stored,      \
+                                                   void *residual, uint32_t key)                                 \
     {                                                                                                            \
         _Alignas(64) uint32_t fraction[FS_SCALED];                                                               \
         (void)residual;                                                                                          \
         for (size_t start = 0; start < n; start += FS_SCALED, key += FS_SCALED * FS_BETWEEN_KEYS) {              \
-            float *restrict param = (float *)param_ + start;                                                     \
+            const float *restrict param = (const float *)param_ + start;                                         \
             FN(random_fractions)(fraction, key);                                                                 \
             for (size_t i = 0; i < min_size(n - start, FS_SCALED); i++)                                          \
-                param[i] = to_float(at_random(param[i], fraction[i]));                                           \
+                stored[start + i] = at_random(param[i], fraction[i]);                                            \
         }                                                                                                        \
     }                                                                                                            \
     TARGET static void FN(join_kahan_##dtype)(size_t n, void *param_, const void *residual_)                     \
@@ -229,15 +231,17 @@ NOINLINE uint8_t to_last_code(float x, float base, uint32_t fraction, uint32_t s
         for (size_t i = 0; i < n; i++)                                                                           \
             param[i] = param[i] + to_float(residual[i]);                                                         \
     }                                                                                                            \
-    TARGET static void FN(part_kahan_##dtype)(size_t n, void *param_, void *residual_, uint32_t key)             \
+    TARGET static void FN(part_kahan_##dtype)(size_t n, const void *param_, uint16_t *restrict stored,           \
+                                              void *residual_, uint32_t key)                                     \
     {                                                                                                            \
-        float *restrict param = param_;                                                                          \
+        const float *restrict param = param_;                                                                    \
         uint16_t *restrict residual = residual_;                                                                 \
         (void)key;                                                                                               \
         for (size_t i = 0; i < n; i++) {                                                                         \
-            const float rounded = to_float(from_float(param[i])), lost = param[i] - rounded;                     \
+            const uint16_t rounded = from_float(param[i]);                                                       \
+            const float lost = param[i] - to_float(rounded);                                                     \
             residual[i] = from_float(lost - lost == 0 ? lost : 0);                                               \
-            param[i] = rounded;                                                                                  \
+            stored[i] = rounded;                                                                                 \
         }                                                                                                        \
     }
 
@@ -250,26 +254,19 @@ NOINLINE uint8_t to_last_code(float x, float base, uint32_t fraction, uint32_t s
         for (size_t i = 0; i < n; i++)                                                                           \
             param[i] = float_from_bits(float_bits(param[i]) + (uint32_t)(int32_t)residual[i]);                   \
     }                                                                                                            \
-    TARGET static void FN(part_split)(size_t n, void *param_, void *residual_, uint32_t key)                     \
+    TARGET static void FN(part_split)(size_t n, const void *param_, uint16_t *restrict stored, void *residual_,  \
+                                      uint32_t key)                                                              \
     {                                                                                                            \
-        float *restrict param = param_;                                                                          \
+        const float *restrict param = param_;                                                                    \
         int16_t *restrict residual = residual_;                                                                  \
         (void)key;                                                                                               \
         for (size_t i = 0; i < n; i++) {                                                                         \
             const uint32_t bits = float_bits(param[i]);                                                          \
             const uint32_t rounded = param[i] != param[i] ? 0x7fc00000 : (bits + 0x8000) & 0xffff0000;           \
             residual[i] = (int16_t)(param[i] != param[i] ? 0 : bits - rounded);                                  \
-            param[i] = float_from_bits(rounded);                                                                 \
+            stored[i] = (uint16_t)(rounded >> 16);                                                               \
         }                                                                                                        \
     }
-
-static void join_master(size_t n, void *param, const void *residual) { memcpy(param, residual, n * sizeof(float)); }
-
-static void part_master(size_t n, void *param, void *residual, uint32_t key)
-{
-    (void)key;
-    memcpy(residual, param, n * sizeof(float));
-}
 
 /* ---- Rules -------------------------------------------------------------------------------------------------------- */
 

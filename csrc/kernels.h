@@ -53,6 +53,7 @@ typedef struct {
     int n_states;
     fs_state state[FS_MAX_STATES];
     uint32_t key;
+    bool in_place;                 /* parameter and gradient are where they are kept, with more of them behind */
     bool all_bfloat16;             /* of float32: the rule is one that takes them as they are stored */
 } fs_small;
 
@@ -68,10 +69,11 @@ typedef struct {
     void (*store[4])(size_t n_outer, size_t n_inner, const void *real, char *data, ptrdiff_t outer, ptrdiff_t inner);
     /* A block of a small state, from storage. */
     void (*load_small)(size_t n, void *real, const fs_state *state);
-    /* A block of a parameter of 16 bits, by rounding and dtype: what it is with its residual (join), and the reverse (part),
-     * for which random bits are made of `key`; NULL where there is nothing to do. Only in tables of float32. */
+    /* A block of a parameter of 16 bits, by rounding and dtype: what it is with its residual (join), and what is stored of it
+     * beside that (part), for which random bits are made of `key`; NULL for others. Only in tables of float32. */
     void (*join[FS_N_ROUNDINGS][FS_BFLOAT16 + 1])(size_t n, void *real, const void *residual);
-    void (*part[FS_N_ROUNDINGS][FS_BFLOAT16 + 1])(size_t n, void *real, void *residual, uint32_t key);
+    void (*part[FS_N_ROUNDINGS][FS_BFLOAT16 + 1])(size_t n, const void *real, uint16_t *stored, void *residual,
+                                                     uint32_t key);
     /* The two halves of gradient preparation: what the norm sees, and what only the rule sees. Each returns where the result
      * is: `to`, which may be the gradient itself, or the gradient if there was nothing to do. */
     const void *(*unscale)(size_t n, const void *grad, void *to, double grad_scale, bool zero_nonfinite);
@@ -92,10 +94,6 @@ typedef struct {
 } fs_kernels;
 
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
-
-/* Bring a line nearer that will be read later, where loops are too short for the CPU to look ahead: to the second-level
- * cache, since the first has no room for so many lines on their way. */
-static inline void fs_fetch(const char *line) { __builtin_prefetch(line, 0, 2); }
 
 /* The tables of kernels.c, by level and compute type; a level not compiled has none. */
 const fs_kernels *fs_kernels_of(fs_level level, fs_dtype real);

@@ -24,10 +24,6 @@ static uint32_t key_at(unsigned long long array_key, int use, size_t start)
     return (uint32_t)mix(mix(array_key + (unsigned)use) + start / FS_BLOCK) + (uint32_t)(start % FS_BLOCK) * FS_BETWEEN_KEYS;
 }
 
-/* So many elements go through all loops together where some are copied, in the first-level cache: a multiple of FS_SCALED.
- * Where sums are made it is FS_BLOCK. */
-enum { PIECE = FS_BLOCK / 2 };
-
 static bool has_small_states(const fs_work *w, const fs_array *array)
 {
     for (int o = FS_STATE; o < w->n_operands; o++)
@@ -41,9 +37,9 @@ typedef struct { const fs_array *array; size_t start, count, byte; int operand; 
 
 static fs_ahead ahead_of(const fs_array *array, size_t start, size_t count, bool in_place)
 {
-    enum { AHEAD = 2 * PIECE };
-    const bool is_there = !in_place && start + AHEAD + count <= array->size;
-    return (fs_ahead){.array = array, .start = start + AHEAD, .count = count, .operand = is_there ? 0 : FS_N_OPERANDS};
+    const size_t next = start + FS_BLOCK;
+    const bool is_there = !in_place && next + count <= array->size;
+    return (fs_ahead){.array = array, .start = next, .count = count, .operand = is_there ? 0 : FS_N_OPERANDS};
 }
 
 /* Between two loops; not all at once, since the CPU drops what it has no room for. Kernels for small states do it
@@ -51,17 +47,18 @@ static fs_ahead ahead_of(const fs_array *array, size_t start, size_t count, bool
 static void fetch_some(fs_ahead *ahead)
 {
     enum { AT_ONCE = 32 * CACHE_LINE };
-    size_t left = AT_ONCE;
-    for (; ahead->operand < FS_N_OPERANDS; ahead->operand++, ahead->byte = 0) {
+    for (size_t left = AT_ONCE; ahead->operand < FS_N_OPERANDS; ahead->operand++, ahead->byte = 0) {
         const fs_operand *operand = &ahead->array->operand[ahead->operand];
         const bool is_small_state = operand->is_packed && ahead->operand < FS_AVERAGE;
         const bool is_run = operand->data && !operand->is_constant && !is_small_state;    /* gaps: of no use */
         const size_t item = fs_dtype_size(operand->dtype), size = is_run ? ahead->count * item : 0;
-        for (; ahead->byte < size; ahead->byte += CACHE_LINE, left -= CACHE_LINE) {
-            if (left == 0)
-                return;
-            fs_fetch(operand->data + ahead->start * item + ahead->byte);
-        }
+        const size_t end = min_size(size, ahead->byte + left);
+        for (size_t byte = ahead->byte; byte < end; byte += CACHE_LINE)
+            __builtin_prefetch(operand->data + ahead->start * item + byte);
+        left -= ahead->byte < end ? end - ahead->byte : 0;
+        ahead->byte = end;
+        if (end < size)
+            return;
     }
 }
 
@@ -139,6 +136,7 @@ static void count_zeros(const fs_work *w, const fs_plan *plan, size_t i, size_t 
 static fs_small small_states(const fs_work *w, const fs_array *array, unsigned long long key, size_t start, void *const *at)
 {
     fs_small small = {.n_states = w->n_operands - FS_STATE, .key = key_at(key, FOR_STATES, start)};
+    small.in_place = array->is_run;
     small.all_bfloat16 = array->real == FS_FLOAT32;
     for (int s = 0; s < small.n_states; s++) {
         const fs_state plain = {.data = at[FS_STATE + s], .dtype = array->real};
@@ -162,8 +160,8 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
     const fs_array *array = &plan->arrays[i];
     const bool in_place = array->is_run && array->n_units == 0;    /* all but small states */
     const bool has_small = has_small_states(w, array);
-    const bool has_sums = plan->has_stats || w->squares_divisor != 0.0, by_block = has_small || (has_sums && !in_place);
-    const size_t piece = by_block ? FS_BLOCK : in_place ? LONG_RUN / array->item : PIECE;
+    const bool has_sums = plan->has_stats || w->squares_divisor != 0.0;
+    const size_t piece = in_place && !has_small ? LONG_RUN / array->item : FS_BLOCK;
     char *copy[FS_N_PLACES];
     for (int o = 0; o < FS_N_PLACES; o++)
         copy[o] = in_place ? (char *)tile : room_for(tile, o);    /* which then is for the gradient alone */

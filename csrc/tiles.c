@@ -457,6 +457,8 @@ void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int o,
 {
     const fs_operand *operand = &array->operand[o];
     char *data = operand->data + start * fs_dtype_size(operand->dtype);
+    if (o == FS_PARAM && array->rounding == FS_MASTER)
+        return residual_from(array, start);
     if (operand->is_packed) {
         const fs_state state = fs_packed_state(array, o, start);
         k->load_small(count, run, &state);
@@ -475,13 +477,20 @@ void fs_store_in_memory_order(const fs_kernels *k, const fs_array *array, int o,
                               uint32_t key)
 {
     const fs_operand *operand = &array->operand[o];
-    char *data = operand->data + start * fs_dtype_size(operand->dtype);
-    if (o == FS_PARAM && array->rounding != FS_NEAREST)
-        k->part[array->rounding][operand->dtype](count, run, residual_from(array, start), key);
-    if (!is_dense(array, o))
+    const ptrdiff_t item = (ptrdiff_t)fs_dtype_size(operand->dtype);
+    char *data = operand->data + start * (size_t)item;
+    const bool dense = is_dense(array, o);
+    if (o == FS_PARAM && k->part[array->rounding][operand->dtype]) {
+        uint16_t apart[FS_BLOCK], *stored = dense && operand->aligned ? (uint16_t *)data : apart;
+        k->part[array->rounding][operand->dtype](count, run, stored, residual_from(array, start), key);
+        if (stored != apart)
+            return;
+        k->load[operand->dtype](1, count, run, (const char *)apart, 0, item);
+    }
+    if (!dense)
         move(k, array, o, array->loops, array->n_loops, start, count, run, true);
     else if (run != data)
-        k->store[operand->dtype](1, count, run, data, 0, (ptrdiff_t)fs_dtype_size(operand->dtype));
+        k->store[operand->dtype](1, count, run, data, 0, item);
 }
 
 void fs_store_by_unit(const fs_kernels *k, const fs_array *array, size_t start, size_t count, void *run)

@@ -23,16 +23,16 @@ void fs_array_for_sums(fs_array *array);
 void fs_load_in_c_order(const fs_kernels *k, const fs_array *array, size_t start, size_t count, void *run);
 
 /* Elements [start, start + count) of an operand in the order of the parameter's memory, or C order where that is called for:
- * where they lie if they are a run there, else copied to `run`; a parameter with its residual. At most FS_BLOCK; of small
- * states, from a multiple of FS_SCALED on. */
+ * where they lie if they are a run there, else copied to `run`; a parameter with its residual, or where its master lies. At
+ * most FS_BLOCK; of small states, from a multiple of FS_SCALED on. */
 void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int operand, size_t start, size_t count,
                               void *run);
 
 /* The same place of a state that is packed. */
 fs_state fs_packed_state(const fs_array *array, int operand, size_t start);
 
-/* The reverse of loading, but for small states. Parameters of 16 bits are rounded, if at random with bits made of this key,
- * and left so. */
+/* The reverse of loading, but for small states; what is in `run` then is undefined. Parameters of 16 bits are rounded, if at
+ * random with bits made of this key. */
 enum { FS_NO_KEY = 0 };
 void fs_store_in_memory_order(const fs_kernels *k, const fs_array *array, int operand, size_t start, size_t count, void *run,
                               uint32_t key);
