@@ -45,5 +45,6 @@ static void run_part(const void *context, size_t part, size_t n_parts)
 
 void fs_run_pass(const fs_pass *pass)
 {
-    fs_team_run(fs_threads_for(pass->plan->n_elements, pass->options->n_threads), run_part, pass);
+    const size_t n_elements = pass->plan->n_elements;
+    fs_team_run(fs_threads_for(n_elements, pass->options->n_threads), n_elements, run_part, pass);
 }

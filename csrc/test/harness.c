@@ -28,13 +28,13 @@ void *__wrap_calloc(size_t n, size_t size)
 }
 
 /* Likewise the calls of a team. */
-void __real_fs_team_run(int n_threads, fs_part *part, const void *context);
-void __wrap_fs_team_run(int n_threads, fs_part *part, const void *context);
+void __real_fs_team_run(int n_threads, size_t n_elements, fs_part *part, const void *context);
+void __wrap_fs_team_run(int n_threads, size_t n_elements, fs_part *part, const void *context);
 
-void __wrap_fs_team_run(int n_threads, fs_part *part, const void *context)
+void __wrap_fs_team_run(int n_threads, size_t n_elements, fs_part *part, const void *context)
 {
     n_passes++;
-    __real_fs_team_run(n_threads, part, context);
+    __real_fs_team_run(n_threads, n_elements, part, context);
 }
 
 /* ---- Numbers in storage ------------------------------------------------------------------------------------------

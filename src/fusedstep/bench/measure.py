@@ -101,10 +101,18 @@ def timed(step: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def repeats_of(step: Callable[[], object]) -> int:
+    """How many steps fill a timing once they have warmed up: the first may take a hundred times as long as the others."""
+    repeats = 1
+    while timed(step, repeats) * repeats < SECONDS_PER_TIMING:
+        repeats *= 2
+    return repeats
+
+
 def take_turns(ways: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
     """Each begins with a pause, until the threads of the one before, which may be another runtime's, no longer spin. What
     takes milliseconds at most then runs once untimed, for its own threads to be awake."""
-    repeats = {name: max(1, round(SECONDS_PER_TIMING / max(timed(step, 1), 1e-7))) for name, step in ways.items()}
+    repeats = {name: repeats_of(step) for name, step in ways.items()}
     found: dict[str, list[float]] = {name: [] for name in ways}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(found[OURS.name]) < MIN_ROUNDS:
