@@ -1,7 +1,8 @@
 """What small state and parameters of 16 bits do to training: final loss and test accuracy of AdamW over several seeds.
 
     python bench/quality.py                                                     the UCI digits
-    python bench/quality.py --data DIR --epochs 15 --batch-size 256             IDX files, for example Fashion-MNIST's
+    python bench/quality.py --data DIR --epochs 15 --batch-size 256             IDX files, for example Fashion-MNIST's, which
+                                                                                Debian's dataset-fashion-mnist has
 
 All begin with the same weights and see the same batches, seed by seed. The learning rate goes down to 0 along a cosine:
 where it stays, final losses differ by more from seed to seed than there is to see. Other options are those of ``train``.
@@ -22,6 +23,9 @@ WAYS = {
     "state in 8 bits": ["--state-dtype", "int8"],
     "parameters in bfloat16, nearest": [*BFLOAT16, "nearest"],
     "parameters in bfloat16, stochastic": [*BFLOAT16, "stochastic"],
+    "parameters in bfloat16, kahan": [*BFLOAT16, "kahan"],
+    "parameters in bfloat16, split": [*BFLOAT16, "split"],
+    "parameters in bfloat16, master": [*BFLOAT16, "master"],
     "both in bfloat16, stochastic": [*BFLOAT16, "stochastic", "--state-dtype", "bfloat16"],
     "stochastic, state in 8 bits": [*BFLOAT16, "stochastic", "--state-dtype", "int8"],
 }
