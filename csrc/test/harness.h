@@ -117,13 +117,13 @@ void copy_spread(const spread *s, const ptrdiff_t *shape, size_t item, char *run
 /* ---- The tests, in the order in which they run: cheap and strong ones first ----------------------------------------- */
 
 #define FOR_TESTS(TEST)                                                                                            \
-    TEST(textbook) TEST(scaled) TEST(scaled_magnitudes) TEST(summed) TEST(numbers) TEST(muon) TEST(conventions)    \
-    TEST(negative_variance) TEST(settings) TEST(out_of_memory) TEST(empty_plans) TEST(half_made_plans)             \
-    TEST(scalar) TEST(passes) TEST(norms_of_nonfinite) TEST(clip_nonfinite) TEST(clip_magnitudes)                  \
-    TEST(after_the_rule) TEST(grad_scale) TEST(runs_have_ends) TEST(small_states) TEST(join_and_part)              \
-    TEST(stats) TEST(many_arrays) TEST(fork) TEST(plans_are_independent) TEST(halves_load_and_store)               \
-    TEST(halves_round) TEST(units) TEST(norms) TEST(sums) TEST(guard_pages) TEST(blocks) TEST(nonfinite)           \
-    TEST(stages) TEST(levels_and_threads) TEST(factored) TEST(layouts)
+    TEST(team) TEST(textbook) TEST(scaled) TEST(scaled_magnitudes) TEST(summed) TEST(numbers) TEST(muon)           \
+    TEST(conventions) TEST(negative_variance) TEST(settings) TEST(out_of_memory) TEST(empty_plans)                 \
+    TEST(half_made_plans) TEST(scalar) TEST(passes) TEST(norms_of_nonfinite) TEST(clip_nonfinite)                  \
+    TEST(clip_magnitudes) TEST(after_the_rule) TEST(grad_scale) TEST(runs_have_ends) TEST(small_states)            \
+    TEST(join_and_part) TEST(stats) TEST(many_arrays) TEST(fork) TEST(plans_are_independent)                       \
+    TEST(halves_load_and_store) TEST(halves_round) TEST(units) TEST(norms) TEST(sums) TEST(guard_pages)            \
+    TEST(blocks) TEST(nonfinite) TEST(stages) TEST(levels_and_threads) TEST(factored) TEST(layouts)
 
 #define DECLARE_TEST(name) void test_##name(void);
 FOR_TESTS(DECLARE_TEST)

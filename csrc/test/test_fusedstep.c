@@ -2,6 +2,8 @@
  * compared wherever bits are promised. */
 #include "harness.h"
 
+#include <time.h>
+
 /* Every level, and number of threads where there is work for several, against the baseline with one thread. */
 static void check_levels_and_threads(trio t, int rule, bool is_busy)
 {
@@ -189,6 +191,43 @@ void test_out_of_memory(void)
         }
         CHECK(n_failed == 18 + has_units + has_factors);
     }
+}
+
+static size_t n_parts_seen;
+
+static void spin(const void *nanoseconds, size_t part, size_t n_parts)
+{
+    struct timespec start, now;
+    if (part == 0)
+        n_parts_seen = n_parts;
+    clock_gettime(CLOCK_MONOTONIC, &start);
+    do
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    while ((now.tv_sec - start.tv_sec) * 1000000000L + now.tv_nsec - start.tv_nsec < *(const long *)nanoseconds);
+}
+
+static size_t n_parts_of(size_t n_elements, long nanoseconds)
+{
+    fs_team_run(2, n_elements, spin, &nanoseconds);
+    return n_parts_seen;
+}
+
+/* A short pass after a pause is done alone; a long one, or one after many short ones, by a team. The first test of all: what
+ * teams have lost by then decides as well. */
+void test_team(void)
+{
+    enum { SHORT = 30000, LONG = 1 << 30, ENOUGH = 20000 };
+    const size_t all = fs_openmp() ? 2 : 1;
+    fs_threads_insist(false);
+    CHECK(n_parts_of(LONG, 0) == all);
+    const struct timespec pause = {.tv_nsec = 20000000};
+    nanosleep(&pause, NULL);
+    CHECK(n_parts_of(SHORT, 50000) == 1);
+    int n = 0;
+    while (n_parts_of(SHORT, 50000) != all && n < ENOUGH)
+        n++;
+    CHECK(n < ENOUGH && (n > 0 || all == 1));
+    fs_threads_insist(true);
 }
 
 enum { PARALLEL_SIZE = 100003 };
