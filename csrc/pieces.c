@@ -11,7 +11,7 @@ static unsigned long long mix(unsigned long long z)
     return z ^ z >> 31;
 }
 
-/* The keys of random bits: an array's, by seed, step and array; and an element's, by that and what they are for. */
+/* The keys of random bits: an array's, by seed, step and array; and a block's, by that and what they are for. */
 enum { FOR_STATES, FOR_PARAM };
 
 static unsigned long long array_key(const fs_plan *plan, size_t array)
@@ -21,7 +21,7 @@ static unsigned long long array_key(const fs_plan *plan, size_t array)
 
 static uint32_t key_at(unsigned long long array_key, int use, size_t start)
 {
-    return (uint32_t)mix(mix(array_key + (unsigned)use) + start / FS_BLOCK) + (uint32_t)(start % FS_BLOCK) * FS_BETWEEN_KEYS;
+    return (uint32_t)mix(mix(array_key + (unsigned)use) + start / FS_BLOCK);
 }
 
 static bool has_small_states(const fs_work *w, const fs_array *array)
@@ -85,11 +85,13 @@ void fs_copy_block(const fs_work *w, const fs_array *array, size_t start, size_t
     char *copy[FS_N_PLACES];
     for (int o = 0; o < FS_N_PLACES; o++)
         copy[o] = room_for(tile, o);
+    fs_ahead ahead = ahead_of(array, start, count, false);
     for (int o = 0; o < w->n_operands; o++) {
-        at[o] = copy[o];
-        const void *found = fs_load_in_memory_order(w->k, array, o, start, count, at[o]);
-        if (found != at[o])
-            memcpy(at[o], found, count * array->item);
+        at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
+        fetch_some(&ahead);
+        if (o != FS_GRAD && at[o] != copy[o])
+            at[o] = memcpy(copy[o], at[o], count * array->item);
+        fetch_some(&ahead);
     }
     bring_factors(w, array, start, count, at, copy);
 }

@@ -35,11 +35,11 @@ static void measure(const fs_pass *pass, size_t i, size_t start, size_t end, con
         void *at[FS_N_PLACES];
         fs_copy_block(&w, array, start, count, at, tile);
         if (stage_grad)    /* for which the parameter is what it was before the decay */
-            fs_stage_gradient(&w, count, at, at[FS_GRAD]);
+            at[FS_GRAD] = (void *)fs_stage_gradient(&w, count, at, tile->run[FS_GRAD]);
         w.k->apply_stages(count, at[FS_PARAM], at[FS_PARAM], NULL, &decay);
         if (!is_summed)
             w.k->sum_squares(count, at[FS_PARAM], scales[0], &plan->block_stats[FS_PARAM_SQUARES][block]);
-        fs_apply_rule(&w, count, at, at[FS_GRAD]);
+        fs_apply_rule(&w, count, at, NULL);
         if (is_summed) {
             w.k->sum(count, at[FS_PARAM], &plan->block_stats[FS_PARAM_SQUARES][block]);
             w.k->sum(count, at[FS_STATE], &plan->block_stats[FS_UPDATE_SQUARES][block]);

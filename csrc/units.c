@@ -25,7 +25,7 @@ static void lay_out_work(const fs_pass *pass, size_t i, size_t start, size_t end
         void *at[FS_N_PLACES], *run = tile;    /* where fs_copy_block leaves the parameter, too */
         if (pass->measured == UNITS_OF_RESULT) {
             fs_copy_block(&w, array, start, count, at, tile);
-            fs_apply_rule(&w, count, at, at[FS_GRAD]);
+            fs_apply_rule(&w, count, at, tile->run[FS_GRAD]);
             if (w.group->decay_after != 1.0)
                 fs_decay_after(&w, count, at[FS_PARAM]);
         } else {
