@@ -11,6 +11,8 @@ where it stays, final losses differ by more from seed to seed than there is to s
 import argparse
 import statistics
 
+import numpy as np
+
 from fusedstep.demo import train
 from fusedstep.demo.data import load
 from fusedstep.progress import progress
@@ -35,11 +37,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     train.add_arguments(parser)
     parser.set_defaults(rule="adamw", schedule="cosine")
-    parser.parse_args()  # says what is wrong before anything is loaded
+    data = load(parser.parse_args().data, np.float32)
     rows = {}
     for way, options in progress(WAYS.items()):
         args = parser.parse_args(options, parser.parse_args())
-        data = load(args.data, train.dtype_of("float32"))
         runs = []
         for seed in SEEDS:
             args.seed = seed

@@ -61,7 +61,7 @@ typedef struct {
 typedef struct {
     fs_rule *rule[FS_N_RULES];
     fs_rule *bfloat16_rule[FS_N_RULES];    /* with all states in bfloat16; only in tables of float32 */
-    /* The same for a block of which states are small: FS_SCALED elements at a time, in the first-level cache meanwhile. */
+    /* A rule for a block of which states are small: FS_SCALED elements at a time, in the first-level cache meanwhile. */
     void (*apply_to_small)(fs_rule *rule, size_t n, void *param, const void *grad, const fs_small *small, double factor,
                            double decay, const void *coefs);
     /* Between storage and run, over two dimensions: `outer` and `inner` strides in bytes. */
@@ -73,7 +73,7 @@ typedef struct {
      * beside that (part), for which random bits are made of `key`; NULL for others. Only in tables of float32. */
     void (*join[FS_N_ROUNDINGS][FS_BFLOAT16 + 1])(size_t n, void *real, const void *residual);
     void (*part[FS_N_ROUNDINGS][FS_BFLOAT16 + 1])(size_t n, const void *real, uint16_t *stored, void *residual,
-                                                     uint32_t key);
+                                                  uint32_t key);
     /* The two halves of gradient preparation: what the norm sees, and what only the rule sees. Each returns where the result
      * is: `to`, which may be the gradient itself, or the gradient if there was nothing to do. */
     const void *(*unscale)(size_t n, const void *grad, void *to, double grad_scale, bool zero_nonfinite);

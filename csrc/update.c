@@ -46,8 +46,8 @@ static void update_work(const fs_pass *pass, size_t i, size_t start, size_t end,
 {
     const fs_array *array = &pass->plan->arrays[i];
     fs_work w = fs_work_on(pass, i);
-    const bool others = w.stage_grad || w.bound || w.average || w.clear || w.squares_divisor != 0.0;
-    const bool rule_alone = !(others || w.group->decay_after != 1.0);
+    const bool rule_alone = !(w.stage_grad || w.bound || w.average || w.clear || w.squares_divisor != 0.0 ||
+                              w.group->decay_after != 1.0);
     if (array->is_run && rule_alone && !array->in_blocks) {
         update_run(&w, array, start, end);
         return;
