@@ -89,8 +89,12 @@ void fs_decay_after(const fs_work *w, size_t n, void *param);
 /* Update elements [start, end) of an array that is dense or to be updated in blocks. */
 void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t end, fs_tile *tile);
 
-/* A block as it is before the update, in the tile (the parameter first), for the rule to work on while nothing changes; its
- * gradient perhaps where it lies. */
+/* So many elements go through all loops together: a long run where nothing has to be copied, else a block. */
+size_t fs_piece_size(const fs_work *w, const fs_array *array);
+
+/* A piece as it is before the update, for a look at what will be: of each operand where it lies, or in the tile; or a block,
+ * copied there (the parameter first) for the rule to work on while nothing changes, all but the gradient. */
+void fs_bring_piece(const fs_work *w, const fs_array *array, size_t start, size_t count, void **at, fs_tile *tile);
 void fs_copy_block(const fs_work *w, const fs_array *array, size_t start, size_t count, void **at, fs_tile *tile);
 
 /* A block of the gradient as the rule will have it, in the tile or where it lies. */

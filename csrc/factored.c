@@ -5,24 +5,25 @@
 
 /* ---- Sums of squares: of each row by blocks of FS_BLOCK columns, of each column by chunks of CHUNK rows ---- */
 
-/* Those of one block in one chunk, of all there are in an array. */
-static void sum_part(const fs_work *w, const fs_array *array, size_t chunk, size_t block, fs_tile *tile)
+/* Those of blocks [block, end) in one chunk, of all there are in an array; row by row, as they lie in memory. */
+static void sum_part(const fs_work *w, const fs_array *array, size_t chunk, size_t block, size_t end, fs_tile *tile)
 {
     const size_t n_columns = array->n_columns, n_blocks = ratio_up(n_columns, FS_BLOCK);
     const size_t n_chunks = ratio_up(array->n_rows, CHUNK), first = chunk % n_chunks * CHUNK;
     const size_t row = chunk / n_chunks * array->n_rows + first, n_rows = min_size(array->n_rows - first, CHUNK);
-    const size_t column = block * FS_BLOCK, count = min_size(n_columns - column, FS_BLOCK);
     const size_t together = n_blocks > 1 ? 1 : FS_BLOCK / n_columns;    /* rows that make one run */
-    double *sums = array->column_sums + chunk * n_columns + column;
-    memset(sums, 0, count * sizeof *sums);
-    for (size_t r = 0; r < n_rows; r += together) {
-        const size_t n = min_size(n_rows - r, together);
-        const char *grad = fs_load_staged(w, array, (row + r) * n_columns + column, n * count, tile);
-        for (size_t l = 0; l < n; l++, grad += count * array->item) {
-            w->k->sum_squares(count, grad, 1.0, &array->row_sums[(row + r + l) * n_blocks + block]);
-            w->k->add_squares(count, grad, sums);
+    double *sums = array->column_sums + chunk * n_columns;
+    memset(sums + block * FS_BLOCK, 0, (min_size(end * FS_BLOCK, n_columns) - block * FS_BLOCK) * sizeof *sums);
+    for (size_t r = 0; r < n_rows; r += together)
+        for (size_t b = block; b < end; b++) {
+            const size_t n = min_size(n_rows - r, together), column = b * FS_BLOCK;
+            const size_t count = min_size(n_columns - column, FS_BLOCK);
+            const char *grad = fs_load_staged(w, array, (row + r) * n_columns + column, n * count, tile);
+            for (size_t l = 0; l < n; l++, grad += count * array->item) {
+                double *row_sum = &array->row_sums[(row + r + l) * n_blocks + b];
+                w->k->sum_squares_both_ways(count, grad, row_sum, sums + column);
+            }
         }
-    }
 }
 
 static void sum_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs_tile *tile)
@@ -34,8 +35,11 @@ static void sum_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs
     fs_add_units(&w, array);
     const size_t n_blocks = ratio_up(array->n_columns, FS_BLOCK);
     const size_t n = array->n_matrices * ratio_up(array->n_rows, CHUNK) * n_blocks, last = fs_first_of(array, n, end);
-    for (size_t part = fs_first_of(array, n, start); part < last; part++)
-        sum_part(&w, array, part / n_blocks, part % n_blocks, tile);
+    for (size_t part = fs_first_of(array, n, start), next; part < last; part = next) {
+        const size_t chunk = part / n_blocks;
+        next = min_size((chunk + 1) * n_blocks, last);
+        sum_part(&w, array, chunk, part - chunk * n_blocks, next - chunk * n_blocks, tile);
+    }
 }
 
 /* ---- Means ---- */

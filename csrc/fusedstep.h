@@ -64,6 +64,7 @@ const char *fs_rule_hyper_names(int rule);    /* space-separated, in the order `
 int fs_rule_states(int rule);
 int fs_rule_numbers(int rule);
 bool fs_rule_is_factored(int rule);           /* knows matrices by their rows and columns */
+bool fs_rule_is_measured(int rule);           /* has to know norms or sums of whole arrays first */
 
 /* The arrays that belong to one parameter; and, of one with units, those of the plan: factors of each unit's gradients and
  * parameters, and room for an operand with its units one after the other. */
@@ -77,6 +78,7 @@ typedef struct {
     fs_dtype dtype;
     bool aligned;
     bool is_packed;                /* without strides: in the order of the elements, and without gaps */
+    bool is_dense;                 /* its elements follow one another in the order of the loops */
     bool is_constant;              /* only read by the rule */
     ptrdiff_t *strides;            /* in bytes, one per dimension */
     float *scales;                 /* of 8-bit states, one for FS_SCALED elements in that order */

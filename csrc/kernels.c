@@ -276,13 +276,16 @@ NOINLINE uint8_t to_last_code(float x, float base, uint32_t fraction, uint32_t s
 #define HELPER(name) static inline __attribute__((always_inline)) real FN(name)
 
 /* To be said before a loop: of many arrays GCC does not believe it by `restrict`, and would test each pair or give up. And
- * of a short loop: that it is to be made of vectors before it is unrolled. */
+ * of a short loop: that it is to be made of vectors before it is unrolled; or that these, up to eight, are to be unrolled, for
+ * what they add up to stay in registers. */
 #ifdef __clang__
 #define ELEMENTS_ARE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #define IN_ONE_GO ELEMENTS_ARE_INDEPENDENT
+#define IN_REGISTERS ELEMENTS_ARE_INDEPENDENT
 #else
 #define ELEMENTS_ARE_INDEPENDENT _Pragma("GCC ivdep")
 #define IN_ONE_GO ELEMENTS_ARE_INDEPENDENT _Pragma("GCC unroll 1")
+#define IN_REGISTERS ELEMENTS_ARE_INDEPENDENT _Pragma("GCC unroll 8")
 #endif
 
 /* Do this to each of n elements. */
@@ -344,6 +347,8 @@ NOINLINE uint8_t to_last_code(float x, float base, uint32_t fraction, uint32_t s
 #define LOOP_POINTERS_3(stored) LOOP_POINTERS_2(stored) stored *restrict state2 = state[2];
 #define LOOP_POINTERS_4(stored) LOOP_POINTERS_3(stored) stored *restrict state3 = state[3];
 
+/* States are stored the last one first: those that a rule only reads are last, and the compiler sees that nothing has changed
+ * since they were loaded. */
 #define LOOP_BODY_0(element, get, put) element(&p, g, &coefs);
 #define LOOP_BODY_1(element, get, put)                                                                           \
     real a = get(state0[i]);                                                                                     \
@@ -352,21 +357,21 @@ NOINLINE uint8_t to_last_code(float x, float base, uint32_t fraction, uint32_t s
 #define LOOP_BODY_2(element, get, put)                                                                           \
     real a = get(state0[i]), b = get(state1[i]);                                                                 \
     element(&p, g, &a, &b, &coefs);                                                                              \
-    state0[i] = put(a);                                                                                          \
-    state1[i] = put(b);
+    state1[i] = put(b);                                                                                          \
+    state0[i] = put(a);
 #define LOOP_BODY_3(element, get, put)                                                                           \
     real a = get(state0[i]), b = get(state1[i]), d = get(state2[i]);                                             \
     element(&p, g, &a, &b, &d, &coefs);                                                                          \
-    state0[i] = put(a);                                                                                          \
+    state2[i] = put(d);                                                                                          \
     state1[i] = put(b);                                                                                          \
-    state2[i] = put(d);
+    state0[i] = put(a);
 #define LOOP_BODY_4(element, get, put)                                                                           \
     real a = get(state0[i]), b = get(state1[i]), d = get(state2[i]), e = get(state3[i]);                         \
     element(&p, g, &a, &b, &d, &e, &coefs);                                                                      \
-    state0[i] = put(a);                                                                                          \
-    state1[i] = put(b);                                                                                          \
+    state3[i] = put(e);                                                                                          \
     state2[i] = put(d);                                                                                          \
-    state3[i] = put(e);
+    state1[i] = put(b);                                                                                          \
+    state0[i] = put(a);
 
 /* ---- Stages ------------------------------------------------------------------------------------------------------- */
 
@@ -389,10 +394,67 @@ _Static_assert(FS_LANES == 16, "folded by 8, 4, 2 and 1");
  * once, gives the same bits, and sooner. */
 #define ROUND_BOTH(sum, x) ((sum) + (x) * (x))
 #define ROUND_ONCE(sum, x) __builtin_fma(x, x, sum)
+#define ADD_ITSELF(sum, x) ((sum) + (x))
 
 #define FOLD(lane, half)                                                                                         \
     for (int l = 0; l < half; l++)                                                                               \
         lane[l] += lane[l + half];
+#define FOLD_ALL(lane) FOLD(lane, 8) FOLD(lane, 4) FOLD(lane, 2) FOLD(lane, 1)
+
+/* Do this to each of the elements of a block, which belong to the lanes in turn. */
+#define EACH_IN_LANES(i, lane, start, end, ...)                                                                  \
+    {                                                                                                            \
+        const size_t whole = start + (end - start) / FS_LANES * FS_LANES;                                        \
+        for (size_t row = start; row < whole; row += FS_LANES) {                                                 \
+            IN_REGISTERS                                                                                         \
+            for (size_t lane = 0; lane < FS_LANES; lane++) {                                                     \
+                const size_t i = row + lane;                                                                     \
+                __VA_ARGS__                                                                                      \
+            }                                                                                                    \
+        }                                                                                                        \
+        if (whole < end) {                                                                                       \
+            IN_ONE_GO                                                                                            \
+            for (size_t lane = 0; lane < FS_LANES; lane++)                                                       \
+                if (lane < end - whole) {                                                                        \
+                    const size_t i = whole + lane;                                                               \
+                    __VA_ARGS__                                                                                  \
+                }                                                                                                \
+        }                                                                                                        \
+    }
+
+/* The loop around what is measured for a rule, two values of each element: sums over blocks of FS_BLOCK of themselves, or of
+ * their squares. */
+#define MEASURE(name, family, n_states, add)                                                                     \
+    TARGET static void FN(measure_##name)(size_t n, const void *param_, const void *grad_, void *const *state,   \
+                                          double factor_, double decay_, const void *coefs_,                     \
+                                          const double *scales, double *first_sums, double *second_sums)         \
+    {                                                                                                            \
+        const family##_coefs coefs = *(const family##_coefs *)coefs_;                                            \
+        const real factor = (real)factor_, decay = (real)decay_;                                                 \
+        const double scale0 = sizeof(real) == sizeof(float) ? 1.0 : scales[0];                                   \
+        const double scale1 = sizeof(real) == sizeof(float) ? 1.0 : scales[1];                                   \
+        const real *restrict param = param_, *restrict grad = grad_;                                             \
+        LOOP_POINTERS_##n_states(const real)                                                                     \
+        for (size_t block = 0; block < n; block += FS_BLOCK) {                                                   \
+            const size_t end = block + min_size(n - block, FS_BLOCK);                                            \
+            double first[FS_LANES] = {0}, second[FS_LANES] = {0};                                                \
+            EACH_IN_LANES(i, lane, block, end, {                                                                 \
+                real x, y;                                                                                       \
+                FN(name##_measured_element)(param[i] * decay, grad[i] * factor, LOOP_STATES_##n_states, &x, &y,  \
+                                            &coefs);                                                             \
+                first[lane] = add(first[lane], (double)x * scale0);                                              \
+                second[lane] = add(second[lane], (double)y * scale1);                                            \
+            })                                                                                                   \
+            FOLD_ALL(first)                                                                                      \
+            FOLD_ALL(second)                                                                                     \
+            *first_sums++ = first[0];                                                                            \
+            *second_sums++ = second[0];                                                                          \
+        }                                                                                                        \
+    }
+
+#define LOOP_STATES_1 state0[i]
+#define LOOP_STATES_2 LOOP_STATES_1, state1[i]
+#define LOOP_STATES_4 LOOP_STATES_2, state2[i], state3[i]
 
 /* ---- The tables --------------------------------------------------------------------------------------------------- */
 
@@ -563,19 +625,21 @@ int fs_rule_numbers(int rule)
     }
 }
 
-int fs_rule_direction(int rule)
+bool fs_rule_is_measured(int rule)
 {
     switch (rule) {
-#define FS_SCALED_RULE(name, family, n_states, n_numbers) case FS_RULE_##name: return FS_RULE_##name##_direction;
+#define FS_SCALED_RULE(name, family, n_states, n_numbers) case FS_RULE_##name:
 #include "rules.def"
-    default: return rule;
+        return true;
+    default:
+        return false;
     }
 }
 
 bool fs_rule_is_factored(int rule)
 {
     switch (rule) {
-#define FS_FACTORED_RULE(name, family) case FS_RULE_##name: case FS_RULE_##name##_direction:
+#define FS_FACTORED_RULE(name, family) case FS_RULE_##name:
 #include "rules.def"
         return true;
     default:

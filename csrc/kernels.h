@@ -42,6 +42,11 @@ static inline double or_epsilon(double eps, size_t item)
 typedef void fs_rule(size_t n, void *param, const void *grad, void *const *state, double factor, double decay,
                      const void *coefs, const uint32_t *fraction);
 
+/* What a rule has to know of whole arrays, by blocks of FS_BLOCK: sums of two values of each element, or squares of them times
+ * scales, which are powers of two. */
+typedef void fs_rule_measure(size_t n, const void *param, const void *grad, void *const *state, double factor, double decay,
+                             const void *coefs, const double *scales, double *first_sums, double *second_sums);
+
 /* Random bits are made of keys, 32 of each, for two elements half of FS_SCALED apart. The first of a block has the block's
  * key, each other this much more than the one before. A block that is rounded begins at a multiple of FS_SCALED. */
 #define FS_BETWEEN_KEYS 0x9e3779b9u
@@ -61,6 +66,7 @@ typedef struct {
 typedef struct {
     fs_rule *rule[FS_N_RULES];
     fs_rule *bfloat16_rule[FS_N_RULES];    /* with all states in bfloat16; only in tables of float32 */
+    fs_rule_measure *measure[FS_N_RULES];  /* of rules that are measured */
     /* A rule for a block of which states are small: FS_SCALED elements at a time, in the first-level cache meanwhile. */
     void (*apply_to_small)(fs_rule *rule, size_t n, void *param, const void *grad, const fs_small *small, double factor,
                            double decay, const void *coefs);
@@ -84,12 +90,12 @@ typedef struct {
     void (*bound)(size_t n, void *param, double lower, double upper);
     void (*average)(size_t n, void *average, const void *param, double weight);
     size_t (*count_zeros)(size_t n, const void *grad);
-    /* Sums over consecutive blocks of FS_BLOCK: of x; of (scale x)^2, scale a power of two; and of squared differences. */
-    void (*sum)(size_t n, const void *run, double *block_sums);
+    /* Sums over consecutive blocks of FS_BLOCK: of (scale x)^2, scale a power of two; and of squared differences. */
     void (*sum_squares)(size_t n, const void *grad, double scale, double *block_sums);
     void (*sum_squared_changes)(size_t n, const void *after, const void *before, double *block_sums);
-    /* Add to what is there: squares to sums, one for each element; numbers of elements. */
-    void (*add_squares)(size_t n, const void *grad, double *sums);
+    /* The same of x^2, which are also added to sums that there are for each element. */
+    void (*sum_squares_both_ways)(size_t n, const void *grad, double *block_sums, double *sums);
+    /* Added to the numbers that are there. */
     void (*count_nonfinite)(size_t n, const void *grad, size_t *n_nan, size_t *n_inf);
 } fs_kernels;
 
@@ -101,12 +107,10 @@ const fs_kernels *fs_kernels_of(fs_level level, fs_dtype real);
 /* The rule's coefficients for the step with this number, from its hyper-parameters. */
 void fs_rule_prepare(int rule, const double *hyper, double step, double *coefs);
 
-/* Of a scaled rule: what is left of that for an array, with these numbers, which change. The norms are measured if there is
- * a kernel for the direction; else that is the rule itself. Of a summed rule there is something to begin with before the
- * sums are found. */
+/* Of a scaled rule: what is left of that for an array, with these numbers, which change. Some are measured first; of a summed
+ * rule there is something to begin with before the sums are found. */
 void fs_rule_begin(int rule, const double *hyper, const double *numbers, double *coefs);
 void fs_rule_scale(int rule, const double *hyper, const fs_whole *whole, double *numbers, double *coefs);
-int fs_rule_direction(int rule);
 bool fs_rule_is_scaled(int rule);
 bool fs_rule_is_summed(int rule);
 

@@ -37,7 +37,7 @@ typedef struct { const fs_array *array; size_t start, count, byte; int operand; 
 
 static fs_ahead ahead_of(const fs_array *array, size_t start, size_t count, bool in_place)
 {
-    const size_t next = start + FS_BLOCK;
+    const size_t next = start + count;
     const bool is_there = !in_place && next + count <= array->size;
     return (fs_ahead){.array = array, .start = next, .count = count, .operand = is_there ? 0 : FS_N_OPERANDS};
 }
@@ -80,32 +80,31 @@ static void bring_factors(const fs_work *w, const fs_array *array, size_t start,
             at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
 }
 
-void fs_copy_block(const fs_work *w, const fs_array *array, size_t start, size_t count, void **at, fs_tile *tile)
+void fs_bring_piece(const fs_work *w, const fs_array *array, size_t start, size_t count, void **at, fs_tile *tile)
 {
     char *copy[FS_N_PLACES];
     for (int o = 0; o < FS_N_PLACES; o++)
         copy[o] = room_for(tile, o);
-    fs_ahead ahead = ahead_of(array, start, count, false);
-    for (int o = 0; o < w->n_operands; o++) {
+    for (int o = 0; o < w->n_operands; o++)
         at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
-        fetch_some(&ahead);
-        if (o != FS_GRAD && at[o] != copy[o])
-            at[o] = memcpy(copy[o], at[o], count * array->item);
-        fetch_some(&ahead);
-    }
     bring_factors(w, array, start, count, at, copy);
+}
+
+void fs_copy_block(const fs_work *w, const fs_array *array, size_t start, size_t count, void **at, fs_tile *tile)
+{
+    fs_bring_piece(w, array, start, count, at, tile);
+    for (int o = 0; o < w->n_operands; o++)
+        if (o != FS_GRAD && at[o] != room_for(tile, o))
+            at[o] = memcpy(room_for(tile, o), at[o], count * array->item);
 }
 
 const void *fs_load_staged(const fs_work *w, const fs_array *array, size_t start, size_t count, fs_tile *tile)
 {
-    char *copy[FS_N_PLACES];
     void *at[FS_N_PLACES];
-    for (int o = 0; o < FS_N_PLACES; o++)
-        copy[o] = room_for(tile, o);
-    for (int o = FS_PARAM; o <= FS_GRAD; o++)
-        at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
-    bring_factors(w, array, start, count, at, copy);
-    return fs_stage_gradient(w, count, at, copy[FS_GRAD]);
+    fs_work work = *w;
+    work.n_operands = FS_STATE;
+    fs_bring_piece(&work, array, start, count, at, tile);
+    return fs_stage_gradient(w, count, at, tile->run[FS_GRAD]);
 }
 
 /* The parameter before and after the update of a block. */
@@ -157,13 +156,23 @@ static void move_average(const fs_work *w, const fs_array *array, size_t start, 
     fs_store_in_memory_order(w->k, array, FS_AVERAGE, start, count, average, FS_NO_KEY);
 }
 
+/* Whether all lies where it can be used, but for small states; units are brought by block. */
+static bool is_in_place(const fs_array *array)
+{
+    return array->is_run && array->n_units == 0;
+}
+
+size_t fs_piece_size(const fs_work *w, const fs_array *array)
+{
+    return is_in_place(array) && !has_small_states(w, array) ? LONG_RUN / array->item : FS_BLOCK;
+}
+
 void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t end, fs_tile *tile)
 {
     const fs_array *array = &plan->arrays[i];
-    const bool in_place = array->is_run && array->n_units == 0;    /* all but small states */
-    const bool has_small = has_small_states(w, array);
+    const bool in_place = is_in_place(array), has_small = has_small_states(w, array);
     const bool has_sums = plan->has_stats || w->squares_divisor != 0.0;
-    const size_t piece = in_place && !has_small ? LONG_RUN / array->item : FS_BLOCK;
+    const size_t piece = fs_piece_size(w, array);
     char *copy[FS_N_PLACES];
     for (int o = 0; o < FS_N_PLACES; o++)
         copy[o] = in_place ? (char *)tile : room_for(tile, o);    /* which then is for the gradient alone */

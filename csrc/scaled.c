@@ -5,47 +5,27 @@
 #include <math.h>
 #include <string.h>
 
-/* Whether norms or sums scale the steps of a group. */
-static bool has_direction(const fs_group *group)
-{
-    return fs_rule_direction(group->rule) != group->rule;
-}
-
 enum { N_MEASURED = 2 };
 static const int measured[N_MEASURED] = {FS_PARAM_SQUARES, FS_UPDATE_SQUARES};
 
 /* What those norms are made of: sums of squares, each of a multiple, of the parameter, with its decay, and of the direction
- * of its step; or sums of what the rule puts into the places of parameter and first state. Nothing else changes. */
+ * of its step; or sums of what else the rule has to know. */
 static void measure(const fs_pass *pass, size_t i, size_t start, size_t end, const double *scales, fs_tile *tile)
 {
     const fs_plan *plan = pass->plan;
     const fs_array *array = &plan->arrays[i];
     fs_work w = fs_work_on(pass, i);
-    if (!has_direction(w.group))
+    if (!fs_rule_is_measured(w.rule))
         return;
     fs_add_units(&w, array);
-    const fs_stages decay = {.factor = w.decay, .clip_value = INFINITY};
-    const bool is_summed = fs_rule_is_summed(w.rule);
-    const bool stage_grad = w.stage_grad;
-    w.rule = fs_rule_direction(w.rule);
-    w.decay = 1.0;
-    w.stage_grad = false;
-    for (; start < end; start += FS_BLOCK) {
-        const size_t count = min_size(end - start, FS_BLOCK), block = plan->first_block[i] + start / FS_BLOCK;
+    const size_t piece = fs_piece_size(&w, array);
+    for (; start < end; start += piece) {
+        const size_t count = min_size(end - start, piece), block = plan->first_block[i] + start / FS_BLOCK;
         void *at[FS_N_PLACES];
-        fs_copy_block(&w, array, start, count, at, tile);
-        if (stage_grad)    /* for which the parameter is what it was before the decay */
-            at[FS_GRAD] = (void *)fs_stage_gradient(&w, count, at, tile->run[FS_GRAD]);
-        w.k->apply_stages(count, at[FS_PARAM], at[FS_PARAM], NULL, &decay);
-        if (!is_summed)
-            w.k->sum_squares(count, at[FS_PARAM], scales[0], &plan->block_stats[FS_PARAM_SQUARES][block]);
-        fs_apply_rule(&w, count, at, NULL);
-        if (is_summed) {
-            w.k->sum(count, at[FS_PARAM], &plan->block_stats[FS_PARAM_SQUARES][block]);
-            w.k->sum(count, at[FS_STATE], &plan->block_stats[FS_UPDATE_SQUARES][block]);
-        } else {
-            w.k->sum_squares(count, at[FS_PARAM], scales[1], &plan->block_stats[FS_UPDATE_SQUARES][block]);
-        }
+        fs_bring_piece(&w, array, start, count, at, tile);
+        const void *grad = w.stage_grad ? fs_stage_gradient(&w, count, at, tile->run[FS_GRAD]) : at[FS_GRAD];
+        w.k->measure[w.rule](count, at[FS_PARAM], grad, &at[FS_STATE], w.factor, w.decay, w.coefs, scales,
+                             &plan->block_stats[FS_PARAM_SQUARES][block], &plan->block_stats[FS_UPDATE_SQUARES][block]);
     }
 }
 
@@ -105,7 +85,7 @@ static void measure_directions(fs_pass *pass)
 void fs_put_in_order_of_sums(fs_plan *plan)
 {
     for (size_t i = 0; i < plan->n_arrays; i++)
-        if (has_direction(&plan->groups[plan->arrays[i].group]))
+        if (fs_rule_is_measured(plan->groups[plan->arrays[i].group].rule))
             fs_array_for_sums(&plan->arrays[i]);
 }
 
@@ -135,7 +115,7 @@ static void scale_array(const fs_pass *pass, size_t i)
     const int n_numbers = fs_rule_numbers(group->rule);
     double numbers[FS_MAX_NUMBERS], norms[N_MEASURED] = {0};
     load_numbers(array, n_numbers, numbers);
-    if (has_direction(group) && !fs_rule_is_summed(group->rule))
+    if (fs_rule_is_measured(group->rule) && !fs_rule_is_summed(group->rule))
         finish_norms(pass, i, norms);
     const fs_whole whole = {.size = (double)array->size, .param_norm = norms[0], .direction_norm = norms[1],
                             .sums = {plan->stats[FS_PARAM_SQUARES][i], plan->stats[FS_UPDATE_SQUARES][i]}};
@@ -149,7 +129,7 @@ void fs_scale_pass(fs_pass *pass)
     fs_plan *plan = pass->plan;
     bool any_measured = false, any_factored = false;
     for (size_t i = 0; i < plan->n_groups; i++) {
-        any_measured = any_measured || has_direction(&plan->groups[i]);
+        any_measured = any_measured || fs_rule_is_measured(plan->groups[i].rule);
         any_factored = any_factored || fs_rule_is_factored(plan->groups[i].rule);
     }
     for (size_t i = 0; i < plan->n_arrays; i++)

@@ -200,12 +200,23 @@ static bool rows_are_runs(const fs_array *array, int o)
     return has_long_rows(array) || across->chunk == 1 || blocks_are_runs;
 }
 
+static bool is_dense(const fs_array *array, int o)
+{
+    const fs_loop *loops = array->loops;
+    for (int l = array->n_loops - 1; l > 1; l--)
+        if (loops[l - 1].stride[o] != loops[l].stride[o] * (ptrdiff_t)loops[l].size)
+            return false;
+    return loops[array->n_loops - 1].stride[o] == (ptrdiff_t)fs_dtype_size(array->operand[o].dtype);
+}
+
 static void arrange(fs_array *array)
 {
     if (array->size == 0)
         return;
     arrange_loops(array);
     arrange_tiles(array);
+    for (int o = 0; o < FS_N_PLACES; o++)
+        array->operand[o].is_dense = is_dense(array, o);
     array->is_run = array->is_dense = array->n_loops == 2;
     for (int o = 0; o < FS_N_OPERANDS; o++)
         if (array->operand[o].data && !array->operand[o].is_packed) {
@@ -378,6 +389,24 @@ bool fs_is_in_c_order(const fs_array *array)
 
 /* ---- Any part of an operand, as a run ------------------------------------------------------------------------------- */
 
+/* Where an element lies, and its index along each of the last two loops. */
+typedef struct { char *data; size_t row, column; } fs_place;
+
+static fs_place find_place(const fs_operand *operand, int o, const fs_loop *loops, int n_loops, size_t element)
+{
+    fs_place place = {.data = operand->data};
+    for (int l = n_loops - 1; l >= 0; l--) {
+        const size_t index = element % loops[l].size;
+        element /= loops[l].size;
+        place.data += (ptrdiff_t)index * loops[l].stride[o];
+        if (l == n_loops - 1)
+            place.column = index;
+        else if (l == n_loops - 2)
+            place.row = index;
+    }
+    return place;
+}
+
 /* Load or store elements [start, start + count) of an operand, in the order of these loops. */
 static void move(const fs_kernels *k, const fs_array *array, int o, const fs_loop *loops, int n_loops, size_t start,
                  size_t count, void *run, bool store)
@@ -386,25 +415,15 @@ static void move(const fs_kernels *k, const fs_array *array, int o, const fs_loo
     const int last = n_loops - 1;
     const fs_loop *inner = &loops[last];
     while (count > 0) {
-        char *data = operand->data;
-        size_t rest = start, column = 0, row = 0;
-        for (int l = last; l >= 0; l--) {
-            const size_t index = rest % loops[l].size;
-            rest /= loops[l].size;
-            data += (ptrdiff_t)index * loops[l].stride[o];
-            if (l == last)
-                column = index;
-            else if (l == last - 1)
-                row = index;
-        }
-        size_t n_rows = 1, n_columns = min_size(count, inner->size - column);
+        const fs_place place = find_place(operand, o, loops, n_loops, start);
+        size_t n_rows = 1, n_columns = min_size(count, inner->size - place.column);
         if (last > 0 && n_columns == inner->size)
-            n_rows = min_size(count / n_columns, loops[last - 1].size - row);
+            n_rows = min_size(count / n_columns, loops[last - 1].size - place.row);
         const ptrdiff_t outer = last > 0 ? loops[last - 1].stride[o] : 0;
         if (store)
-            k->store[operand->dtype](n_rows, n_columns, run, data, outer, inner->stride[o]);
+            k->store[operand->dtype](n_rows, n_columns, run, place.data, outer, inner->stride[o]);
         else
-            k->load[operand->dtype](n_rows, n_columns, run, data, outer, inner->stride[o]);
+            k->load[operand->dtype](n_rows, n_columns, run, place.data, outer, inner->stride[o]);
         const size_t n = n_rows * n_columns;
         run = (char *)run + n * array->item;
         start += n;
@@ -422,16 +441,6 @@ const void *fs_grad_in_c_order(const fs_array *array)
 void fs_load_in_c_order(const fs_kernels *k, const fs_array *array, size_t start, size_t count, void *run)
 {
     move(k, array, FS_GRAD, array->grad_loops, array->n_grad_loops, start, count, run, false);
-}
-
-/* Whether an operand's elements follow one another in the order of the loops. */
-static bool is_dense(const fs_array *array, int o)
-{
-    const fs_loop *loops = array->loops;
-    for (int l = array->n_loops - 1; l > 1; l--)
-        if (loops[l - 1].stride[o] != loops[l].stride[o] * (ptrdiff_t)loops[l].size)
-            return false;
-    return loops[array->n_loops - 1].stride[o] == (ptrdiff_t)fs_dtype_size(array->operand[o].dtype);
 }
 
 size_t fs_before_cache_line(const fs_array *array, size_t start)
@@ -453,6 +462,15 @@ static char *residual_from(const fs_array *array, size_t start)
     return residual->data ? residual->data + start * fs_dtype_size(residual->dtype) : NULL;
 }
 
+/* Elements [start, start + count) of an operand that is not dense, if they are a run where they lie; else NULL. */
+static void *run_in_row(const fs_array *array, int o, size_t start, size_t count)
+{
+    const fs_loop *last = &array->loops[array->n_loops - 1];
+    if (!is_run(array, o, last->stride[o]) || start % last->size + count > last->size)
+        return NULL;
+    return find_place(&array->operand[o], o, array->loops, array->n_loops, start).data;
+}
+
 void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int o, size_t start, size_t count, void *run)
 {
     const fs_operand *operand = &array->operand[o];
@@ -462,9 +480,12 @@ void *fs_load_in_memory_order(const fs_kernels *k, const fs_array *array, int o,
     if (operand->is_packed) {
         const fs_state state = fs_packed_state(array, o, start);
         k->load_small(count, run, &state);
-    } else if (!is_dense(array, o))
+    } else if (!operand->is_dense) {
+        void *in_place = run_in_row(array, o, start, count);
+        if (in_place)
+            return in_place;
         move(k, array, o, array->loops, array->n_loops, start, count, run, false);
-    else if (operand->aligned && operand->dtype == array->real)
+    } else if (operand->aligned && operand->dtype == array->real)
         return data;
     else
         k->load[operand->dtype](1, count, run, data, 0, (ptrdiff_t)fs_dtype_size(operand->dtype));
@@ -479,7 +500,7 @@ void fs_store_in_memory_order(const fs_kernels *k, const fs_array *array, int o,
     const fs_operand *operand = &array->operand[o];
     const ptrdiff_t item = (ptrdiff_t)fs_dtype_size(operand->dtype);
     char *data = operand->data + start * (size_t)item;
-    const bool dense = is_dense(array, o);
+    const bool dense = operand->is_dense;
     if (o == FS_PARAM && k->part[array->rounding][operand->dtype]) {
         uint16_t apart[FS_BLOCK], *stored = dense && operand->aligned ? (uint16_t *)data : apart;
         k->part[array->rounding][operand->dtype](count, run, stored, residual_from(array, start), key);
@@ -487,9 +508,10 @@ void fs_store_in_memory_order(const fs_kernels *k, const fs_array *array, int o,
             return;
         k->load[operand->dtype](1, count, run, (const char *)apart, 0, item);
     }
-    if (!dense)
-        move(k, array, o, array->loops, array->n_loops, start, count, run, true);
-    else if (run != data)
+    if (!dense) {
+        if (run != run_in_row(array, o, start, count))
+            move(k, array, o, array->loops, array->n_loops, start, count, run, true);
+    } else if (run != data)
         k->store[operand->dtype](1, count, run, data, 0, item);
 }
 

@@ -54,7 +54,7 @@ def test_many_steps(entry, settings, dtype, level, rng):
 @pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)
 def test_both_sides_know_which_rules_are_scaled(entry, settings):
     kernel = entry.optimizer(np.ones((1, 1)), **settings)._kernels[0]
-    assert (f"{kernel.name}_direction" in _core.RULES) == entry.optimizer._is_scaled
+    assert (kernel.name in _core.MEASURED_RULES) == entry.optimizer._is_scaled
 
 
 @pytest.mark.parametrize(("entry", "settings"), SETTINGS, ids=setting_id)

@@ -54,9 +54,10 @@ HELPER(adafactor_moved)(real p, real direction, const adafactor_coefs *c)
     return (real)c->decay * p - (real)c->rate * direction;
 }
 
-RULE(adafactor_direction)(real *p, real g, const real *row, const real *column, const adafactor_coefs *c)
+RULE(adafactor_measured)(real p, real g, real row, real column, real *param, real *direction, const adafactor_coefs *c)
 {
-    *p = FN(adafactor_along)(g, *row * *column, c);
+    *param = p;
+    *direction = FN(adafactor_along)(g, row * column, c);
 }
 
 RULE(adafactor)(real *p, real g, const real *row, const real *column, const adafactor_coefs *c)
@@ -64,18 +65,22 @@ RULE(adafactor)(real *p, real g, const real *row, const real *column, const adaf
     *p = FN(adafactor_moved)(*p, FN(adafactor_along)(g, *row * *column, c), c);
 }
 
-RULE(adafactor_of_vectors_direction)(real *p, real g, real *variance, const adafactor_coefs *c)
+HELPER(adafactor_of_vectors_direction)(real g, real *variance, const adafactor_coefs *c)
 {
     const double eps = or_epsilon(c->factoring.eps, sizeof(real));
     *variance = *variance + (real)c->factoring.weight * ((g * g + (real)eps) - *variance);
-    *p = FN(adafactor_along)(g, *variance, c);
+    return FN(adafactor_along)(g, *variance, c);
+}
+
+RULE(adafactor_of_vectors_measured)(real p, real g, real variance, real *param, real *direction, const adafactor_coefs *c)
+{
+    *param = p;
+    *direction = FN(adafactor_of_vectors_direction)(g, &variance, c);
 }
 
 RULE(adafactor_of_vectors)(real *p, real g, real *variance, const adafactor_coefs *c)
 {
-    real direction;
-    FN(adafactor_of_vectors_direction_element)(&direction, g, variance, c);
-    *p = FN(adafactor_moved)(*p, direction, c);
+    *p = FN(adafactor_moved)(*p, FN(adafactor_of_vectors_direction)(g, variance, c), c);
 }
 
 #endif

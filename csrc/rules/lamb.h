@@ -38,19 +38,23 @@ static void lamb_scale(const lamb_hyper *h, const fs_whole *whole, double *numbe
 
 #else
 
-RULE(lamb_direction)(real *p, real g, real *exp_avg, real *exp_avg_sq, const lamb_coefs *c)
+HELPER(lamb_direction)(real p, real g, real *exp_avg, real *exp_avg_sq, const lamb_coefs *c)
 {
     *exp_avg = *exp_avg + (real)c->one_minus_beta1 * (g - *exp_avg);
     *exp_avg_sq = (real)c->beta2 * *exp_avg_sq + (real)c->one_minus_beta2 * g * g;
     real root = SQRT(*exp_avg_sq + (real)c->eps_inside);
-    *p = (real)c->correction1 * *exp_avg / (root * (real)c->rsqrt_correction2 + (real)c->eps) + (real)c->weight_decay * *p;
+    return (real)c->correction1 * *exp_avg / (root * (real)c->rsqrt_correction2 + (real)c->eps) + (real)c->weight_decay * p;
+}
+
+RULE(lamb_measured)(real p, real g, real exp_avg, real exp_avg_sq, real *param, real *direction, const lamb_coefs *c)
+{
+    *param = p;
+    *direction = FN(lamb_direction)(p, g, &exp_avg, &exp_avg_sq, c);
 }
 
 RULE(lamb)(real *p, real g, real *exp_avg, real *exp_avg_sq, const lamb_coefs *c)
 {
-    real direction = *p;
-    FN(lamb_direction_element)(&direction, g, exp_avg, exp_avg_sq, c);
-    *p = *p - (real)c->rate * direction;
+    *p = *p - (real)c->rate * FN(lamb_direction)(*p, g, exp_avg, exp_avg_sq, c);
 }
 
 #endif

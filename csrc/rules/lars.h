@@ -30,29 +30,32 @@ static void lars_scale(const lars_hyper *h, const fs_whole *whole, double *numbe
 
 #else
 
-RULE(lars_direction)(real *p, real g, real *buffer, const lars_coefs *c)
+HELPER(lars_direction)(real p, real g, const lars_coefs *c)
+{
+    return g + (real)c->weight_decay * p;
+}
+
+RULE(lars_measured)(real p, real g, real buffer, real *param, real *direction, const lars_coefs *c)
 {
     (void)buffer;
-    *p = g + (real)c->weight_decay * *p;
+    *param = p;
+    *direction = FN(lars_direction)(p, g, c);
 }
 
 RULE(lars)(real *p, real g, real *buffer, const lars_coefs *c)
 {
-    real direction = *p;
-    FN(lars_direction_element)(&direction, g, buffer, c);
-    *buffer = (real)c->momentum * *buffer + (real)c->rate * direction;
+    *buffer = (real)c->momentum * *buffer + (real)c->rate * FN(lars_direction)(*p, g, c);
     *p = *p - *buffer;
 }
 
-RULE(lars_nesterov_direction)(real *p, real g, real *buffer, const lars_coefs *c)
+RULE(lars_nesterov_measured)(real p, real g, real buffer, real *param, real *direction, const lars_coefs *c)
 {
-    FN(lars_direction_element)(p, g, buffer, c);
+    FN(lars_measured_element)(p, g, buffer, param, direction, c);
 }
 
 RULE(lars_nesterov)(real *p, real g, real *buffer, const lars_coefs *c)
 {
-    real direction = *p;
-    FN(lars_direction_element)(&direction, g, buffer, c);
+    const real direction = FN(lars_direction)(*p, g, c);
     *buffer = (real)c->momentum * *buffer + (real)c->rate * direction;
     *p = *p - ((real)c->momentum * *buffer + (real)c->rate * direction);
 }

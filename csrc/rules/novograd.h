@@ -30,10 +30,10 @@ static void novograd_scale(const novograd_hyper *h, const fs_whole *whole, doubl
 
 #else
 
-RULE(novograd_direction)(real *p, real g, real *exp_avg, const novograd_coefs *c)
+RULE(novograd_measured)(real p, real g, real exp_avg, real *param, real *direction, const novograd_coefs *c)
 {
-    (void)exp_avg, (void)c;
-    *p = g;
+    (void)p, (void)exp_avg, (void)c;
+    *param = *direction = g;    /* there is nothing to know of the parameter */
 }
 
 RULE(novograd)(real *p, real g, real *exp_avg, const novograd_coefs *c)

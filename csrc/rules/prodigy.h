@@ -56,12 +56,13 @@ static void prodigy_scale(const prodigy_hyper *h, const fs_whole *whole, double 
 
 #else
 
-RULE(prodigy_direction)(real *p, real g, real *exp_avg, real *exp_avg_sq, real *s, real *p0, const prodigy_coefs *c)
+RULE(prodigy_measured)(real p, real g, real exp_avg, real exp_avg_sq, real s, real p0, real *gained, real *along,
+                       const prodigy_coefs *c)
 {
-    real along = (real)c->beta3 * *s + (real)c->s_rate * g;
-    (void)exp_avg_sq;
-    *p = (real)c->numerator_rate * g * (*p0 - *p);
-    *exp_avg = along < 0 ? 0 - along : along;
+    const real next_s = (real)c->beta3 * s + (real)c->s_rate * g;
+    (void)exp_avg, (void)exp_avg_sq;
+    *gained = (real)c->numerator_rate * g * (p0 - p);
+    *along = next_s < 0 ? 0 - next_s : next_s;
 }
 
 RULE(prodigy)(real *p, real g, real *exp_avg, real *exp_avg_sq, real *s, real *p0, const prodigy_coefs *c)

@@ -91,6 +91,7 @@ cdef extern from "fusedstep.h" nogil:
     int fs_rule_states(int rule)
     int fs_rule_numbers(int rule)
     bint fs_rule_is_factored(int rule)
+    bint fs_rule_is_measured(int rule)
 
     enum:
         FS_PARAM

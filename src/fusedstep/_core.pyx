@@ -70,6 +70,7 @@ cdef int check(fs_status status) except -1:
 # ---- Rules, levels, threads ---------------------------------------------------------------------------------------------
 
 RULES = {fs_rule_name(rule).decode(): rule for rule in range(fs_rule_count())}
+MEASURED_RULES = {name for name, rule in RULES.items() if fs_rule_is_measured(rule)}
 
 
 def _hyper_places(int rule):

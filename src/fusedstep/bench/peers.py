@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _extension, _threads, database
+from .. import _extension, _threads, clipping, database
 from ..state import Operands
 from .works import Work
 
@@ -49,15 +49,21 @@ def reference(work: Work, params: list[Array], grads: list[Array]) -> Way | None
 
 
 def roofline(work: Work, params: list[Array], grads: list[Array]) -> Way | None:
-    """Reads and writes as many arrays, with one addition each."""
-    if work.clip_norm is not None:
-        return None
-    states = [Operands(tuple(np.zeros_like(param) for _ in range(work.n_states))) for param in params]
-    plan = _extension.require_core().Plan(params, states, [0] * len(params), [f"roofline{work.n_states}"])
+    """Reads as many arrays first as are read before a step, for one norm; then reads and writes as many, with one addition
+    each."""
+    states = [tuple(np.zeros_like(param) for _ in range(work.n_states)) for param in params]
+    plan = _extension.require_core().Plan(params, list(map(Operands, states)), [0] * len(params), [f"roofline{work.n_states}"])
     plan.bind(grads)
     plan.set_group(0, {"lr": 0.0})
     plan.measure(nonfinite="propagate")
-    return Way(lambda: plan.update(True, False), lambda: params)
+    alike = [grads, *([grads] if work.clip_norm is not None else []), params, *zip(*states)]
+    first = clipping.Gradients([array for arrays in alike[: work.n_read_first] for array in arrays], writeable=False)
+
+    def read_and_step() -> None:
+        first.plan.measure()
+        plan.update(True, False)
+
+    return Way(read_and_step if work.n_read_first > 0 else lambda: plan.update(True, False), lambda: params)
 
 
 def torch(work: Work, params: list[Array], grads: list[Array], **how: bool) -> Way | None:

@@ -43,6 +43,12 @@ SHAPES: dict[str, Shapes] = {
 RULES = [rule for rule, (optimizer, _) in database.TRAIN.items() if optimizer._direction is None]
 """Those whose steps are passes over memory."""
 
+READ_FIRST = {"lamb": 4, "lars": 2, "novograd": 1, "prodigy": 4, "adafactor": 3}
+"""Arrays as large as the parameter that a rule reads once before its step, for what it has to know of them as a whole."""
+
+READ_ONLY = {"prodigy": 1}
+"""State arrays that are read then, and have no part in the step itself."""
+
 
 @functools.cache
 def settings_of(rule: str) -> dict[str, Any]:
@@ -55,7 +61,8 @@ def settings_of(rule: str) -> dict[str, Any]:
 @functools.cache
 def n_states_of(rule: str) -> int:
     optimizer, settings = database.TRAIN[rule]
-    return sum(array.shape == (1,) for array in optimizer([np.zeros(1)], **settings).state["0"].values())
+    states = optimizer([np.zeros(1)], **settings).state["0"].values()
+    return sum(array.shape == (1,) for array in states) - READ_ONLY.get(rule, 0)
 
 
 class Work(NamedTuple):
@@ -80,7 +87,13 @@ class Work(NamedTuple):
 
     @property
     def n_states(self) -> int:
+        """State arrays that are read and written."""
         return n_states_of(self.rule)
+
+    @property
+    def n_read_first(self) -> int:
+        """Arrays that are read once before, of which the first is the gradient."""
+        return (self.clip_norm is not None) + READ_FIRST.get(self.rule, 0)
 
     @property
     def n_elements(self) -> int:
@@ -88,9 +101,9 @@ class Work(NamedTuple):
 
     @property
     def bytes_per_element(self) -> int:
-        """Read and written: the gradient is read, once more for a norm; the others are read and written."""
+        """Read and written: the gradient is read; the others are read and written."""
         item = np.dtype(self.dtype).itemsize
-        return item * (3 + 2 * self.n_states + (self.clip_norm is not None))
+        return item * (self.n_read_first + 3 + 2 * self.n_states)
 
     def params(self) -> list[Array]:
         rng = np.random.default_rng(0)
