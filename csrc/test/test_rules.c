@@ -462,16 +462,22 @@ void test_scaled(void)
  * also where squares are more than a double holds. */
 void test_scaled_magnitudes(void)
 {
-    static const struct { int param, grad; } cases[] = {{0, 0},    {700, 700}, {700, 0},   {0, 700},
-                                                        {-700, 0}, {0, -700}};
+    /* NovoGrad, which has no ratio in which factors would cancel out, squares its norm. */
+    static const struct { const char *rule; int param, grad; double hyper[6]; } cases[] = {
+        {"lars", 0, 0, {0.5, 0.0, 0.125, 0.0, 0.0}},    {"lars", 700, 700, {0.5, 0.0, 0.125, 0.0, 0.0}},
+        {"lars", 700, 0, {0.5, 0.0, 0.125, 0.0, 0.0}},  {"lars", 0, 700, {0.5, 0.0, 0.125, 0.0, 0.0}},
+        {"lars", -700, 0, {0.5, 0.0, 0.125, 0.0, 0.0}}, {"lars", 0, -700, {0.5, 0.0, 0.125, 0.0, 0.0}},
+        {"novograd", 0, 0, {0.5, 0.5, 0.5, 0.0, 0.0, NAN}}, {"novograd", 0, -470, {0.5, 0.5, 0.5, 0.0, 0.0, NAN}},
+    };
     static const size_t sizes[] = {5, 3001};
     const trio t = make_trio(FS_FLOAT64, LENGTH(sizes), sizes);
-    const fs_options options = plain(t.initial, find_rule("lars"));
-    memcpy(t.initial->groups[0].hyper, (double[]){0.5, 0.0, 0.125, 0.0, 0.0}, 5 * sizeof(double));
     for (size_t c = 0; c < LENGTH(cases); c++) {
-        CONTEXT("parameter 2^%d, gradient 2^%d", cases[c].param, cases[c].grad);
-        fs_plan *plan = c == 0 ? t.expected : t.plan;
+        CONTEXT("%s, parameter 2^%d, gradient 2^%d", cases[c].rule, cases[c].param, cases[c].grad);
+        const bool is_plain = cases[c].param == 0 && cases[c].grad == 0;
+        fs_plan *plan = is_plain ? t.expected : t.plan;
         copy_plan(plan, t.initial);
+        const fs_options options = plain(plan, find_rule(cases[c].rule));
+        memcpy(plan->groups[0].hyper, cases[c].hyper, sizeof cases[c].hyper);
         for (size_t i = 0; i < LENGTH(sizes); i++)
             for (size_t e = 0; e < sizes[i]; e++) {
                 set(plan, i, FS_PARAM, e, ldexp(get(plan, i, FS_PARAM, e), cases[c].param));
