@@ -48,7 +48,7 @@ static void sum_work(const fs_pass *pass, size_t i, size_t start, size_t end, fs
 static double move(const fs_array *array, void *state, size_t place, double sum, size_t n, const fs_factoring *f)
 {
     const double before = fs_real_at(array, state, place), mean = sum / (double)n + or_epsilon(f->eps, array->item);
-    fs_set_real(array, state, place, before + f->weight * (mean - before));
+    fs_set_real(array, state, place, at_most(fs_largest(array->item), before + f->weight * (mean - before)));
     return fs_real_at(array, state, place);
 }
 
@@ -62,7 +62,7 @@ static void move_rows(const fs_array *array, size_t matrix, const fs_factoring *
         const double sum = fs_pairwise_sum(sums + r * n_blocks, n_blocks);
         sums[r] = move(array, array->row_state, first + r, sum, array->n_columns, f);
     }
-    double mean = fs_pairwise_sum(sums, n) / (double)n;
+    double mean = at_most(DBL_MAX, fs_pairwise_sum(sums, n) / (double)n);
     mean = mean < least ? least : mean;
     for (size_t r = first; r < first + n; r++)
         fs_set_real(array, array->operand[FS_STATE].data, r, fs_real_at(array, array->row_state, r) / mean);

@@ -4,6 +4,7 @@
 
 #include "fusedstep.h"
 
+#include <float.h>
 #include <stdint.h>
 
 enum {
@@ -21,9 +22,9 @@ typedef struct {
     double l1;             /* 0 for none */
 } fs_stages;
 
-/* What is known of an array as a whole: how many elements it has, and norms of the parameter and of the step's direction;
- * or, for a summed rule, both sums over all arrays. */
-typedef struct { double size, param_norm, direction_norm, sums[2]; } fs_whole;
+/* What is known of an array as a whole: how many elements it has, the largest number of its compute type, and norms of the
+ * parameter and of the step's direction; or, for a summed rule, both sums over all arrays. */
+typedef struct { double size, largest, param_norm, direction_norm, sums[2]; } fs_whole;
 
 /* A hyper-parameter, or what stands for it where it is not given, which is a NaN. */
 static inline double or_else(double x, double otherwise) { return x == x ? x : otherwise; }
@@ -31,6 +32,10 @@ static inline double or_else(double x, double otherwise) { return x == x ? x : o
 /* How the means of rows and columns move: by `weight` of the way to those of squared gradients plus `eps`; and the least
  * mean that rows are divided by. A NaN stands for the machine epsilon. */
 typedef struct { double weight, eps, least; } fs_factoring;
+
+/* The largest number of a compute type, and no more than that: what is finite stays so when it becomes one of that type. */
+static inline double fs_largest(size_t item) { return item == sizeof(float) ? (double)FLT_MAX : DBL_MAX; }
+static inline double at_most(double most, double x) { return x > most ? most : x; }
 
 static inline double or_epsilon(double eps, size_t item)
 {

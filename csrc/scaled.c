@@ -117,7 +117,8 @@ static void scale_array(const fs_pass *pass, size_t i)
     load_numbers(array, n_numbers, numbers);
     if (fs_rule_is_measured(group->rule) && !fs_rule_is_summed(group->rule))
         finish_norms(pass, i, norms);
-    const fs_whole whole = {.size = (double)array->size, .param_norm = norms[0], .direction_norm = norms[1],
+    const fs_whole whole = {.size = (double)array->size, .largest = fs_largest(array->item),
+                            .param_norm = norms[0], .direction_norm = norms[1],
                             .sums = {plan->stats[FS_PARAM_SQUARES][i], plan->stats[FS_UPDATE_SQUARES][i]}};
     fs_rule_scale(group->rule, group->hyper, &whole, numbers, plan->coefs[i]);
     for (int n = 0; n < n_numbers; n++)

@@ -119,6 +119,30 @@ def test_both_norm_clips_at_any_size(backend, size, limit):
         np.testing.assert_allclose(-p, c * everywhere, rtol=1e-13)
 
 
+SCALED = [case for case in SETTINGS if case[0].optimizer._is_scaled]
+
+
+@pytest.mark.parametrize(("entry", "settings"), SCALED, ids=setting_id)
+@pytest.mark.parametrize("shape", [(5,), (2, 3)])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(np.float32, size) for size in (1e-45, 1e-40, 1e-20, 1e20, 1e30)]
+    + [(np.float64, size) for size in (5e-324, 1e-310, 1e-160, 1e160, 1e300)],
+)
+def test_whole_arrays_stay_finite(entry, settings, shape, dtype, size):
+    """Where steps depend on norms or means, one extreme element, as finite as it is, could take all others along."""
+    found = []
+    for backend in BACKENDS:
+        param = np.ones(shape, dtype)
+        opt = entry.optimizer([param], backend=backend, **settings)
+        extreme = np.resize(np.array([size, -size, 0.5 * size], dtype), shape)
+        for g in (extreme, 0.5 * extreme, np.full(shape, 0.1, dtype), -extreme, np.full(shape, 0.1, dtype)):
+            opt.step([g])
+        assert np.isfinite(param).all()
+        found.append(param)
+    np.testing.assert_array_equal(*found)
+
+
 def test_norm_of_many_float32_values(rng):
     """PyTorch's is off by 3.1e-5 for 2 million values, NumPy's by 3.6e-6."""
     g = rng.standard_normal(2_000_000).astype(np.float32)

@@ -7,7 +7,8 @@
  *
  * with 1 - beta2 = step^beta2_decay. Keras and optax have eps1 beside the squares of gradients in place of there; optax has
  * no limit of lr, and a decay that is not times lr. A v too small for the type, like the product of a row and a column that
- * saw no gradients, counts as the smallest normal number: 0 / 0 would be nan.
+ * saw no gradients, counts as the smallest normal number, since 0 / 0 would be nan; and what is kept is at most the largest
+ * number, since inf / inf and inf - inf are.
  */
 #ifndef real
 
@@ -68,7 +69,9 @@ RULE(adafactor)(real *p, real g, const real *row, const real *column, const adaf
 HELPER(adafactor_of_vectors_direction)(real g, real *variance, const adafactor_coefs *c)
 {
     const double eps = or_epsilon(c->factoring.eps, sizeof(real));
-    *variance = *variance + (real)c->factoring.weight * ((g * g + (real)eps) - *variance);
+    const real largest = (real)fs_largest(sizeof(real));
+    const real moved = *variance + (real)c->factoring.weight * ((g * g + (real)eps) - *variance);
+    *variance = moved > largest ? largest : moved;
     return FN(adafactor_along)(g, *variance, c);
 }
 

@@ -33,7 +33,7 @@ static void lamb_scale(const lamb_hyper *h, const fs_whole *whole, double *numbe
 {
     const bool any_zero = whole->param_norm == 0.0 || whole->direction_norm == 0.0;
     (void)numbers;
-    c->rate = any_zero ? h->lr : h->lr * (whole->param_norm / whole->direction_norm);
+    c->rate = any_zero ? h->lr : at_most(whole->largest, h->lr * (whole->param_norm / whole->direction_norm));
 }
 
 #else

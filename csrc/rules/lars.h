@@ -25,7 +25,7 @@ static void lars_scale(const lars_hyper *h, const fs_whole *whole, double *numbe
     const bool any_zero = whole->param_norm == 0.0 || whole->direction_norm == 0.0;
     const double ratio = h->trust_coefficient * whole->param_norm / (whole->direction_norm + h->eps);
     (void)numbers;
-    c->rate = any_zero ? h->lr : h->lr * ratio;
+    c->rate = any_zero ? h->lr : at_most(whole->largest, h->lr * ratio);
 }
 
 #else

@@ -207,6 +207,11 @@ def or_else(x: float | None, otherwise: float) -> float:
     return otherwise if x is None else x
 
 
+def at_most_largest(x: Any, dtype: Any) -> Any:
+    """No more than the largest number of a type: what is finite stays so when it becomes one of that type."""
+    return np.minimum(x, float(np.finfo(dtype).max))
+
+
 def adamw(
     param: Array,
     grad: Array,
@@ -405,8 +410,10 @@ def lamb(
         v[:] = beta2 * v + (1 - beta2) * g * g
         below = corrected_root(v, beta2, step, eps_root) + eps
         direction = 1 / (1 - beta1**step) * m / below + weight_decay * p
-        param_norm, direction_norm = norm(p), norm(direction)
-        p -= (lr if param_norm == 0 or direction_norm == 0 else lr * (param_norm / direction_norm)) * direction
+        param_norm, direction_norm, rate = norm(p), norm(direction), lr
+        if param_norm != 0 and direction_norm != 0:
+            rate = float(at_most_largest(lr * (param_norm / direction_norm), p.dtype))
+        p -= rate * direction
 
 
 def lars(
@@ -426,12 +433,11 @@ def lars(
     weight_decay = rule_decay(stages)
     with operands(param, grad, momentum_buffer, lr=lr, **stages) as (p, g, b):
         direction = g + weight_decay * p
-        param_norm, direction_norm = norm(p), norm(direction)
-        ratio = 1.0
+        param_norm, direction_norm, rate = norm(p), norm(direction), lr
         if param_norm != 0 and direction_norm != 0:
-            ratio = trust_coefficient * param_norm / (direction_norm + eps)
-        b[:] = momentum * b + lr * ratio * direction
-        p -= momentum * b + lr * ratio * direction if nesterov else b
+            rate = float(at_most_largest(lr * (trust_coefficient * param_norm / (direction_norm + eps)), p.dtype))
+        b[:] = momentum * b + rate * direction
+        p -= momentum * b + rate * direction if nesterov else b
 
 
 def adafactor(
@@ -459,7 +465,7 @@ def adafactor(
             limit, relative_decay = math.inf, weight_decay
         weight = step**beta2_decay
         for v in own:
-            v += weight * ((g * g + inside) - v)
+            v[:] = at_most_largest(v + weight * ((g * g + inside) - v), v.dtype)
         v = own[0] if own else factored_variance(g, param.shape, row_var, col_var, weight, inside, least)
         smallest = g.dtype.type(max(least * least, float(np.finfo(g.dtype).tiny)))  # 0 / 0 would be nan
         direction = g / np.sqrt(np.where(v < smallest, smallest, v))
@@ -489,9 +495,10 @@ def factored_variance(
     sums = (row_var, sum_squares(matrices), n_columns), (col_var, sum_squares_of_columns(matrices), n_rows)
     for state, total, n in sums:
         before = state.astype(np.float64).reshape(total.shape)
-        state[...] = (before + weight * ((total / n + inside) - before)).reshape(state.shape)
+        moved = at_most_largest(before + weight * ((total / n + inside) - before), state.dtype)
+        state[...] = moved.reshape(state.shape)
     rows, columns = row_var.reshape(-1, n_rows), col_var.reshape(-1, n_columns)
-    mean = pairwise_sum(rows.astype(np.float64)) / n_rows
+    mean = at_most_largest(pairwise_sum(rows.astype(np.float64)) / n_rows, np.float64)
     rows = (rows / np.where(mean < least, least, mean)[:, None]).astype(g.dtype)
     return (rows[:, :, None] * columns[:, None, :]).reshape(-1)
 
