@@ -52,7 +52,8 @@ def roofline(work: Work, params: list[Array], grads: list[Array]) -> Way | None:
     """Reads as many arrays first as are read before a step, for one norm; then reads and writes as many, with one addition
     each."""
     states = [tuple(np.zeros_like(param) for _ in range(work.n_states)) for param in params]
-    plan = _extension.require_core().Plan(params, list(map(Operands, states)), [0] * len(params), [f"roofline{work.n_states}"])
+    operands = [Operands(own) for own in states]
+    plan = _extension.require_core().Plan(params, operands, [0] * len(params), [f"roofline{work.n_states}"])
     plan.bind(grads)
     plan.set_group(0, {"lr": 0.0})
     plan.measure(nonfinite="propagate")
