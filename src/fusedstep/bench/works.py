@@ -62,7 +62,8 @@ def settings_of(rule: str) -> dict[str, Any]:
 def n_states_of(rule: str) -> int:
     optimizer, settings = database.TRAIN[rule]
     states = optimizer([np.zeros(1)], **settings).state["0"].values()
-    return sum(array.shape == (1,) for array in states) - READ_ONLY.get(rule, 0)
+    n_states: int = sum(array.shape == (1,) for array in states)
+    return n_states - READ_ONLY.get(rule, 0)
 
 
 class Work(NamedTuple):
