@@ -280,7 +280,7 @@ NOINLINE uint8_t to_last_code(float x, float base, uint32_t fraction, uint32_t s
  * what they add up to stay in registers. */
 #ifdef __clang__
 #define ELEMENTS_ARE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#define IN_ONE_GO ELEMENTS_ARE_INDEPENDENT
+#define IN_ONE_GO _Pragma("clang loop vectorize(assume_safety) unroll(disable)")
 #define IN_REGISTERS ELEMENTS_ARE_INDEPENDENT
 #else
 #define ELEMENTS_ARE_INDEPENDENT _Pragma("GCC ivdep")
@@ -396,6 +396,13 @@ _Static_assert(FS_LANES == 16, "folded by 8, 4, 2 and 1");
 #define ROUND_ONCE(sum, x) __builtin_fma(x, x, sum)
 #define ADD_ITSELF(sum, x) ((sum) + (x))
 
+/* Sixteen zeros; a loop that is unrolled, since GCC would set an array to zero by an instruction that takes its time. */
+#define LANES(name)                                                                                              \
+    double name[FS_LANES];                                                                                       \
+    _Pragma("GCC unroll 16")                                                                                     \
+    for (int l = 0; l < FS_LANES; l++)                                                                           \
+        name[l] = 0.0;
+
 #define FOLD(lane, half)                                                                                         \
     for (int l = 0; l < half; l++)                                                                               \
         lane[l] += lane[l + half];
@@ -437,7 +444,8 @@ _Static_assert(FS_LANES == 16, "folded by 8, 4, 2 and 1");
         LOOP_POINTERS_##n_states(const real)                                                                     \
         for (size_t block = 0; block < n; block += FS_BLOCK) {                                                   \
             const size_t end = block + min_size(n - block, FS_BLOCK);                                            \
-            double first[FS_LANES] = {0}, second[FS_LANES] = {0};                                                \
+            LANES(first)                                                                                         \
+            LANES(second)                                                                                        \
             EACH_IN_LANES(i, lane, block, end, {                                                                 \
                 real x, y;                                                                                       \
                 FN(name##_measured_element)(param[i] * decay, grad[i] * factor, LOOP_STATES_##n_states, &x, &y,  \

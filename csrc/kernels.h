@@ -95,9 +95,10 @@ typedef struct {
     void (*bound)(size_t n, void *param, double lower, double upper);
     void (*average)(size_t n, void *average, const void *param, double weight);
     size_t (*count_zeros)(size_t n, const void *grad);
-    /* Sums over consecutive blocks of FS_BLOCK: of (scale x)^2, scale a power of two; and of squared differences. */
+    /* Sums over consecutive blocks of FS_BLOCK: of (scale x)^2, scale a power of two; or of x^2 and of squared
+     * differences. */
     void (*sum_squares)(size_t n, const void *grad, double scale, double *block_sums);
-    void (*sum_squared_changes)(size_t n, const void *after, const void *before, double *block_sums);
+    void (*sum_squares_and_changes)(size_t n, const void *after, const void *before, double *block_sums, double *block_changes);
     /* The same of x^2, which are also added to sums that there are for each element. */
     void (*sum_squares_both_ways)(size_t n, const void *grad, double *block_sums, double *sums);
     /* Added to the numbers that are there. */

@@ -113,8 +113,8 @@ static void add_stats(const fs_work *w, const fs_plan *plan, size_t i, size_t st
 {
     const size_t block = plan->first_block[i] + start / FS_BLOCK;
     const void *after = fs_load_in_memory_order(w->k, &plan->arrays[i], FS_PARAM, start, count, copy);
-    w->k->sum_squares(count, after, 1.0, &plan->block_stats[FS_PARAM_SQUARES][block]);
-    w->k->sum_squared_changes(count, after, before, &plan->block_stats[FS_UPDATE_SQUARES][block]);
+    w->k->sum_squares_and_changes(count, after, before, &plan->block_stats[FS_PARAM_SQUARES][block],
+                                  &plan->block_stats[FS_UPDATE_SQUARES][block]);
 }
 
 /* The new parameter as a gradient of another plan. */

@@ -184,9 +184,9 @@ void test_runs_have_ends(void)
                     CHECK(k->apply_stages(n, run, run, param, &stages) == run);
                     for (size_t i = 0; i < n; i++)
                         CHECK(read_item(real, run + i * item) == (nonfinite ? 1.25 : -2.75));
-                    double sum = 0;
-                    k->sum_squared_changes(n, param, run, &sum);
-                    CHECK(sum == (double)n * (nonfinite ? 0.75 * 0.75 : 4.75 * 4.75));
+                    double sum = 0, changes = 0;
+                    k->sum_squares_and_changes(n, param, run, &sum, &changes);
+                    CHECK(sum == (double)n * 4 && changes == (double)n * (nonfinite ? 0.75 * 0.75 : 4.75 * 4.75));
                     for (size_t i = 0; i < EDGE; i++)
                         for (int after = 0; after <= 1; after++) {
                             const double x = read_item(real, (char *)memory + (i + (after ? n + EDGE : 0)) * item);
