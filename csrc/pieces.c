@@ -32,14 +32,24 @@ static bool has_small_states(const fs_work *w, const fs_array *array)
     return false;
 }
 
-/* What of a later piece is still to be fetched, if pieces are copied. */
-typedef struct { const fs_array *array; size_t start, count, byte; int operand; } fs_ahead;
+/* What of the next piece is still to be fetched, if pieces are copied: runs of operands. */
+typedef struct { const char *at, *end; } fs_run;
+typedef struct { int n_runs; fs_run run[FS_N_OPERANDS]; } fs_ahead;
 
 static fs_ahead ahead_of(const fs_array *array, size_t start, size_t count, bool in_place)
 {
     const size_t next = start + count;
-    const bool is_there = !in_place && next + count <= array->size;
-    return (fs_ahead){.array = array, .start = next, .count = count, .operand = is_there ? 0 : FS_N_OPERANDS};
+    fs_ahead ahead = {0};
+    for (int o = 0; o < FS_N_OPERANDS && !in_place && next + count <= array->size; o++) {
+        const fs_operand *operand = &array->operand[o];
+        const bool is_small_state = operand->is_packed && o < FS_AVERAGE;
+        if (!operand->data || operand->is_constant || is_small_state)
+            continue;
+        const size_t item = fs_dtype_size(operand->dtype);    /* gaps: of no use */
+        const char *at = operand->data + next * item;
+        ahead.run[ahead.n_runs++] = (fs_run){at, at + count * item};
+    }
+    return ahead;
 }
 
 /* Between two loops; not all at once, since the CPU drops what it has no room for. Kernels for small states do it
@@ -47,18 +57,15 @@ static fs_ahead ahead_of(const fs_array *array, size_t start, size_t count, bool
 static void fetch_some(fs_ahead *ahead)
 {
     enum { AT_ONCE = 32 * CACHE_LINE };
-    for (size_t left = AT_ONCE; ahead->operand < FS_N_OPERANDS; ahead->operand++, ahead->byte = 0) {
-        const fs_operand *operand = &ahead->array->operand[ahead->operand];
-        const bool is_small_state = operand->is_packed && ahead->operand < FS_AVERAGE;
-        const bool is_run = operand->data && !operand->is_constant && !is_small_state;    /* gaps: of no use */
-        const size_t item = fs_dtype_size(operand->dtype), size = is_run ? ahead->count * item : 0;
-        const size_t end = min_size(size, ahead->byte + left);
-        for (size_t byte = ahead->byte; byte < end; byte += CACHE_LINE)
-            __builtin_prefetch(operand->data + ahead->start * item + byte);
-        left -= ahead->byte < end ? end - ahead->byte : 0;
-        ahead->byte = end;
-        if (end < size)
-            return;
+    for (size_t left = AT_ONCE; ahead->n_runs > 0 && left > 0;) {
+        fs_run *run = &ahead->run[ahead->n_runs - 1];
+        const char *at = run->at, *end = at + min_size((size_t)(run->end - at), left);
+        left -= (size_t)(end - at);
+        for (; at < end; at += CACHE_LINE)
+            __builtin_prefetch(at);
+        run->at = end;
+        if (end == run->end)
+            ahead->n_runs--;
     }
 }
 
