@@ -66,6 +66,7 @@ typedef struct {
     double squares_divisor;       /* 0 if no squares are added up */
     int n_operands;               /* of the rule: parameter, gradient, states */
     const fs_small *small;        /* in place of the states, if any is small */
+    const uint16_t *from;         /* where the parameter is read if it and its gradient are halves the rule takes; or NULL */
 } fs_work;
 
 fs_work fs_work_on(const fs_pass *pass, size_t i);

@@ -317,25 +317,30 @@ NOINLINE uint8_t to_last_code(float x, float base, uint32_t fraction, uint32_t s
         }                                                                                                        \
     }
 
-/* The loop around a rule, by its number of states: with states of the compute type, or all in bfloat16. */
-#define LOOP(name, family, n_states) LOOP_OVER(name, name, family, n_states, real, AS_IT_IS, AS_IT_IS)
+/* The loop around a rule, by its number of states: with all of the compute type; with states in bfloat16; or with parameter and
+ * gradient in bfloat16, where the parameter is read from somewhere else than it is written to. */
+#define LOOP(name, family, n_states)                                                                             \
+    LOOP_OVER(name, name, family, n_states, real, real, AS_IT_IS, AS_IT_IS, real, param, AS_IT_IS)
 #define BFLOAT16_LOOP(name, family, n_states)                                                                    \
-    LOOP_OVER(name##_bfloat16, name, family, n_states, uint16_t, bfloat16_to_float32, AT_RANDOM)
+    LOOP_OVER(name##_bfloat16, name, family, n_states, uint16_t, uint16_t, bfloat16_to_float32, AT_RANDOM, real, param, AS_IT_IS)
+#define HALVES_LOOP(name, family, n_states)                                                                      \
+    LOOP_OVER(name##_halves, name, family, n_states, uint16_t, real, AS_IT_IS, AS_IT_IS, uint16_t, from, bfloat16_to_float32)
 #define AS_IT_IS(x) (x)
 #define AT_RANDOM(x) float32_to_bfloat16_at_random(x, fraction[i])
 
-#define LOOP_OVER(function, name, family, n_states, stored, get, put)                                            \
-    TARGET static void FN(function)(size_t n, void *param_, const void *grad_, void *const *state,               \
-                                    double factor_, double decay_, const void *coefs_, const uint32_t *fraction) \
+#define LOOP_OVER(function, name, family, n_states, smallest, stored, get, put, given, place, to_real)           \
+    TARGET static void FN(function)(size_t n, const void *from_, void *param_, const void *grad_,                \
+                                    void *const *state, double factor_, double decay_, const void *coefs_,       \
+                                    const uint32_t *fraction)                                                    \
     {                                                                                                            \
         const family##_coefs coefs = *(const family##_coefs *)coefs_;                                            \
         const real factor = (real)factor_, decay = (real)decay_;                                                 \
         real *restrict param = param_;                                                                           \
-        const real *restrict grad = grad_;                                                                       \
+        const given *restrict from = from_, *restrict grad = grad_;                                              \
         LOOP_POINTERS_##n_states(stored)                                                                         \
-        (void)state, (void)fraction;                                                                             \
-        EACH(stored, i, n, {                                                                                     \
-            real p = param[i] * decay, g = grad[i] * factor;                                                     \
+        (void)from, (void)state, (void)fraction;                                                                 \
+        EACH(smallest, i, n, {                                                                                   \
+            real p = to_real(place[i]) * decay, g = to_real(grad[i]) * factor;                                   \
             LOOP_BODY_##n_states(FN(name##_element), get, put)                                                   \
             param[i] = p;                                                                                        \
         })                                                                                                       \

@@ -43,9 +43,9 @@ static inline double or_epsilon(double eps, size_t item)
 }
 
 /* Update a run in place: grad is multiplied by factor and param by decay, then the rule is applied. Random fractions of the
- * elements are for states in bfloat16. */
-typedef void fs_rule(size_t n, void *param, const void *grad, void *const *state, double factor, double decay,
-                     const void *coefs, const uint32_t *fraction);
+ * elements are for states in bfloat16. Rules of halves have their gradient in bfloat16, and read the parameter `from` there. */
+typedef void fs_rule(size_t n, const void *from, void *param, const void *grad, void *const *state, double factor,
+                     double decay, const void *coefs, const uint32_t *fraction);
 
 /* What a rule has to know of whole arrays, by blocks of FS_BLOCK: sums of two values of each element, or squares of them times
  * scales, which are powers of two. */
@@ -65,12 +65,14 @@ typedef struct {
     uint32_t key;
     bool in_place;                 /* parameter and gradient are where they are kept, with more of them behind */
     bool all_bfloat16;             /* of float32: the rule is one that takes them as they are stored */
+    const uint16_t *from;          /* where a rule of halves reads the parameter; else NULL */
 } fs_small;
 
 /* `real` below is the table's compute type. Runs are contiguous and do not overlap. */
 typedef struct {
     fs_rule *rule[FS_N_RULES];
     fs_rule *bfloat16_rule[FS_N_RULES];    /* with all states in bfloat16; only in tables of float32 */
+    fs_rule *rule_of_halves[FS_N_RULES];   /* with parameter and gradient in bfloat16; likewise */
     fs_rule_measure *measure[FS_N_RULES];  /* of rules that are measured */
     /* A rule for a block of which states are small: FS_SCALED elements at a time, in the first-level cache meanwhile. */
     void (*apply_to_small)(fs_rule *rule, size_t n, void *param, const void *grad, const fs_small *small, double factor,

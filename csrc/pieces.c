@@ -174,11 +174,27 @@ size_t fs_piece_size(const fs_work *w, const fs_array *array)
     return is_in_place(array) && !has_small_states(w, array) ? LONG_RUN / array->item : FS_BLOCK;
 }
 
+static bool are_halves_in_place(const fs_operand *operand)
+{
+    return operand->dtype == FS_BFLOAT16 && operand->is_dense && operand->aligned;
+}
+
+/* Whether a rule of halves can take parameter and gradient as they are stored: nothing else reads or changes them before. */
+static bool takes_halves(const fs_work *w, const fs_plan *plan, const fs_array *array)
+{
+    bool all_bfloat16 = w->n_operands > FS_STATE;    /* then the rule is one that takes those */
+    for (int o = FS_STATE; o < w->n_operands; o++)
+        all_bfloat16 = all_bfloat16 && array->operand[o].is_packed && array->operand[o].dtype == FS_BFLOAT16;
+    return are_halves_in_place(&array->operand[FS_PARAM]) && are_halves_in_place(&array->operand[FS_GRAD]) &&
+           (array->rounding == FS_NEAREST || array->rounding == FS_STOCHASTIC) && array->n_units == 0 &&
+           !w->stage_grad && !w->clear && !plan->has_stats && !all_bfloat16;
+}
+
 void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t start, size_t end, fs_tile *tile)
 {
     const fs_array *array = &plan->arrays[i];
     const bool in_place = is_in_place(array), has_small = has_small_states(w, array);
-    const bool has_sums = plan->has_stats || w->squares_divisor != 0.0;
+    const bool has_sums = plan->has_stats || w->squares_divisor != 0.0, halves = takes_halves(w, plan, array);
     const size_t piece = fs_piece_size(w, array);
     char *copy[FS_N_PLACES];
     for (int o = 0; o < FS_N_PLACES; o++)
@@ -193,10 +209,15 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
         void *at[FS_N_PLACES];
         count = min_size(end - start, count > 0 ? count : piece);
         fs_ahead ahead = ahead_of(array, start, count, in_place);
-        for (int o = 0; o < w->n_operands; o++) {
+        for (int o = halves ? FS_STATE : 0; o < w->n_operands; o++) {
             if (!array->operand[o].is_packed)
                 at[o] = fs_load_in_memory_order(w->k, array, o, start, count, copy[o]);
             fetch_some(&ahead);
+        }
+        if (halves) {
+            at[FS_PARAM] = copy[FS_PARAM];
+            at[FS_GRAD] = array->operand[FS_GRAD].data + start * sizeof(uint16_t);
+            work.from = (const uint16_t *)array->operand[FS_PARAM].data + start;
         }
         bring_factors(w, array, start, count, at, copy);
         if (plan->has_stats) {
@@ -204,8 +225,10 @@ void fs_update_pieces(const fs_work *w, const fs_plan *plan, size_t i, size_t st
             count_zeros(w, plan, i, start, count, at[FS_GRAD]);
             fetch_some(&ahead);
         }
-        if (has_small)
+        if (has_small) {
             small = small_states(w, array, key, start, at);
+            small.from = work.from;
+        }
         fs_update_row(&work, count, at, copy[FS_GRAD]);
         fetch_some(&ahead);
         const uint32_t param_key = array->rounding == FS_STOCHASTIC ? key_at(key, FOR_PARAM, start) : FS_NO_KEY;

@@ -61,11 +61,13 @@ const void *fs_stage_gradient(const fs_work *w, size_t n, void *const *at, void 
 void fs_apply_rule(const fs_work *w, size_t n, void *const *at, void *room)
 {
     const void *grad = w->stage_grad ? fs_stage_gradient(w, n, at, room) : at[FS_GRAD];
-    fs_rule *rule = (w->small && w->small->all_bfloat16 ? w->k->bfloat16_rule : w->k->rule)[w->rule];
+    fs_rule *rule = (w->from                              ? w->k->rule_of_halves
+                     : w->small && w->small->all_bfloat16 ? w->k->bfloat16_rule
+                                                          : w->k->rule)[w->rule];
     if (w->small)
         w->k->apply_to_small(rule, n, at[FS_PARAM], grad, w->small, w->factor, w->decay, w->coefs);
     else
-        rule(n, at[FS_PARAM], grad, &at[FS_STATE], w->factor, w->decay, w->coefs, NULL);
+        rule(n, w->from, at[FS_PARAM], grad, &at[FS_STATE], w->factor, w->decay, w->coefs, NULL);
 }
 
 void fs_decay_after(const fs_work *w, size_t n, void *param)

@@ -149,10 +149,10 @@ void test_join_and_part(void)
 
 /* A rule whose first state becomes the gradient, and the second one, which lies behind it, larger; and with it, what a state
  * makes of a block of values. */
-static void keep(size_t n, void *param, const void *grad, void *const *state, double factor, double decay, const void *coefs,
-                 const uint32_t *fraction)
+static void keep(size_t n, const void *from, void *param, const void *grad, void *const *state, double factor, double decay,
+                 const void *coefs, const uint32_t *fraction)
 {
-    (void)param, (void)factor, (void)decay, (void)coefs, (void)fraction;
+    (void)from, (void)param, (void)factor, (void)decay, (void)coefs, (void)fraction;
     memcpy(state[0], grad, n * sizeof(float));
     memset(state[1], 0x7f, n * sizeof(float));
 }
